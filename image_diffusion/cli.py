@@ -103,7 +103,8 @@ def run(
     build_report(report, f"image_diffusion: {settings['source']}", settings, autoencoders, folder / "prior", data, records, grid)
     whole.finish({"report": report.name, "metrics": records})
     for record in records:
-        click.echo(f"  {record['of']}: {record['name']} " + (f"{record['value']:.4g}" if record["value"] is not None else record["reason"]))
+        click.echo(f"  {record['of']}: " + (record["reason"] if record["value"] is None else f"{record['name']} {record['value']:.4g}"
+                   + (f" (real photos: {record['floor']:.4g})" if "floor" in record else "")))
     click.echo(f"Report: {report}")
     return report
 

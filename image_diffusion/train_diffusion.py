@@ -38,9 +38,10 @@ class DiffusionRecipe:
     seed: int = 0
 
 
-_cpu = dict(batch_size=64, lr=1e-3, warmup_steps=200, ema_decay=0.998)
+_cpu = dict(batch_size=32, lr=1e-3, warmup_steps=200, ema_decay=0.998)
 PRESETS = {
-    "tiny": DiffusionRecipe(UNetConfig(size=8, ch=64, ch_mult=(1, 2), num_res_blocks=2, attn_resolutions=(4,), num_groups=16), steps=4_000, **_cpu),
+    "tiny": DiffusionRecipe(UNetConfig(size=16, ch=48, ch_mult=(1, 2, 3), num_res_blocks=1, attn_resolutions=(4,), head_ch=48, num_groups=16), steps=3_000,
+                            **_cpu | {"ema_decay": 0.995}),
     "photos64": DiffusionRecipe(UNetConfig(size=16, ch=64, ch_mult=(1, 2, 3), num_res_blocks=2, attn_resolutions=(4,)), steps=10_000, **_cpu),
     "lhq128": DiffusionRecipe(UNetConfig(size=32, ch=128, ch_mult=(1, 2, 4), num_res_blocks=2, attn_resolutions=(16, 8), dropout=0.1)),
     "lhq128-fast": DiffusionRecipe(UNetConfig(size=32, ch=96, ch_mult=(1, 2, 3), num_res_blocks=2, attn_resolutions=(16, 8)), steps=20_000),

@@ -30,12 +30,12 @@ class Precision:
 
     @classmethod
     def pick(cls) -> "Precision":
-        "fp32 on a CPU; on CUDA bf16 where the hardware has it (capability 8.0 on), else fp16."
-        if not torch.cuda.is_available():
-            return cls()
-        native_bf16 = torch.cuda.get_device_capability()[0] >= 8
-        torch.backends.cudnn.benchmark = True               # shapes are fixed: let cuDNN pick the fastest kernels
-        return cls("cuda", torch.bfloat16 if native_bf16 else torch.float16)
+        "bf16 where the hardware has it (CUDA capability 8.0 on; CPUs with AVX512-BF16 or AMX), else fp16 on CUDA and fp32 on a CPU."
+        if torch.cuda.is_available():
+            torch.backends.cudnn.benchmark = True           # shapes are fixed: let cuDNN pick the fastest kernels
+            return cls("cuda", torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16)
+        able = getattr(torch.cpu, "get_capabilities", dict)()   # an older torch cannot tell: fp32 then
+        return cls("cpu", torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32)
 
     def autocast(self):
         "The context in which forward passes run."
@@ -224,16 +224,12 @@ def resume_stage(
 
 
 def progress_bar(
-    budget: Budget,
-    step: int,       # steps done in earlier sittings
-    seconds: float,  # time used in earlier sittings
-    name: str,       # what is trained
+    progress: float,  # share of the budget used in earlier sittings
+    name: str,        # what is trained
 ):
-    "A bar over steps, or over seconds where the budget is in minutes, with the time left."
-    if budget.minutes and not budget.steps:
-        return tqdm(total=round(60 * budget.minutes), initial=round(seconds), desc=name, mininterval=1.0,
-                    bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")
-    return tqdm(total=budget.steps, initial=step, desc=name, unit="step", mininterval=1.0)
+    "A bar over the share of the budget, be it steps or minutes, with the time left."
+    return tqdm(total=1.0, initial=progress, desc=name, mininterval=1.0, miniters=0,
+                bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")
 
 
 def fit(
@@ -250,17 +246,16 @@ def fit(
     if run.finished is not None:
         return run.finished
     step, seconds = resume_stage(stage, run, device)
-    tick, meter, saved_at = Tick(step, 0.0, seconds, {}), Meter(), time.monotonic()
-    drawn = math.ceil(samples * budget.progress(step, seconds))
-    with stop_requests() as asked, progress_bar(budget, step, seconds, name) as bar:
+    tick, meter, saved_at = Tick(step, budget.progress(step, seconds), seconds, {}), Meter(), time.monotonic()
+    drawn = math.ceil(samples * tick.progress)
+    with stop_requests() as asked, progress_bar(tick.progress, name) as bar:
         for tick in training_loop(stage, budget, step, seconds):
             meter.add(tick.metrics)
             if tick.step % log_every == 0:
                 record = {"step": tick.step, "progress": tick.progress, "minutes": tick.seconds / 60} | meter.pop()
                 append_metrics(run, record)
-                bar.set_postfix({key: f"{record[key]:.3g}" for key in list(record)[3:5]}, refresh=False)
-            bar.n = round(tick.seconds) if bar.total != budget.steps else tick.step
-            bar.update(0)
+                bar.set_postfix({"step": tick.step} | {key: f"{record[key]:.3g}" for key in list(record)[3:5]}, refresh=False)
+            bar.update(tick.progress - bar.n)
             if tick.progress * samples >= drawn:
                 (run.folder / "samples").mkdir(exist_ok=True)
                 stage.sample(run.folder / "samples" / f"step_{tick.step:07d}.png")
