@@ -237,10 +237,10 @@ class FSQ(nn.Module):
     "Finite scalar quantisation: every channel is rounded to a few levels (Mentzer et al. 2023)."
     def __init__(
         self,
-        levels=(8, 5, 5, 5),  # number of values of each channel, each at least 2; their product is the codebook size
+        levels=(8, 5, 5, 5),  # number of values of each channel, each at least 3; their product is the codebook size
     ):
         super().__init__()
-        if min(levels) < 2: raise ValueError(f"Every channel needs at least 2 levels, not {tuple(levels)}.")
+        if min(levels) < 3: raise ValueError(f"Every channel needs at least 3 levels, not {tuple(levels)}.")
         self.z_channels = self.h_channels = len(levels)
         levels = torch.tensor(levels)
         self.codebook_size = int(levels.prod())

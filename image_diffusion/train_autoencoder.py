@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LHQ', 'LHQ_FAST', 'PHOTOS', 'TINY', 'PRESETS', 'AutoencoderRecipe', 'find_preset', 'reconstruction_losses',
-           'AutoencoderStage', 'train_autoencoder', 'load_autoencoder']
+           'AutoencoderStage', 'train_autoencoder', 'check_data', 'load_autoencoder']
 
 # %% ../nbs/10_train_autoencoder.ipynb #57580852
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +20,7 @@ from .fid import psnr, ssim
 from .perceptual import perceptual_at_hand
 from .plots import save_png
 from .runs import Run, RunError, load_snapshot
-from .training import Budget, Precision, batch_indices, fit, learning_rate, make_ema, optimizer_step, seed_step
+from .training import Budget, Precision, Stage, batch_indices, fit, learning_rate, make_ema, optimizer_step, seed_step
 
 # %% ../nbs/10_train_autoencoder.ipynb #955bbe75
 @dataclass(frozen=True)
@@ -89,12 +89,13 @@ def reconstruction_losses(
     return losses
 
 # %% ../nbs/10_train_autoencoder.ipynb #12bffc30
-class AutoencoderStage:
-    "The autoencoder, its EMA, the discriminator, and how they take a step (see `fit` for what each method is for)."
+class AutoencoderStage(Stage):
+    "The autoencoder, its EMA, the discriminator, and how they take a step."
+    parts = ("model", "ema", "disc", "optimizer", "disc_optimizer", "scaler", "disc_scaler")
 
-    def __init__(self, data: Prepared, recipe: AutoencoderRecipe, precision: Precision = Precision(), perceptual=None):
+    def __init__(self, data: Prepared, recipe: AutoencoderRecipe, precision: Precision = Precision(), perceptual=None, perceptual_name: str = None):
         torch.manual_seed(recipe.seed)
-        self.data, self.recipe, self.precision = data, recipe, precision
+        self.data, self.recipe, self.precision, self.perceptual_name = data, recipe, precision, perceptual_name
         self.perceptual = perceptual and perceptual.to(precision.device)
         self.model = precision.place(make_autoencoder(recipe.model)).train()
         self.disc = precision.place(PatchDiscriminator(ch=recipe.disc_ch, num_layers=recipe.disc_layers)).train()
@@ -147,7 +148,8 @@ class AutoencoderStage:
         "The discriminator's verdict on x_rec (B,3,H,W), scaled to the reconstruction gradient; its own weights get no gradient."
         self.disc.requires_grad_(False)
         with self.precision.autocast():
-            g_loss = hinge_g_loss(self.disc(x_rec))
+            logits_fake = self.disc(x_rec)                                  # (B,1,h,w)
+        g_loss = hinge_g_loss(logits_fake.float())
         self.disc.requires_grad_(True)
         weight = adaptive_weight(quality_loss, g_loss, self.model.last_layer)
         return self.recipe.disc_weight * weight * g_loss, {"g_loss": g_loss, "gan_weight": weight}
@@ -159,7 +161,7 @@ class AutoencoderStage:
         d_loss = hinge_d_loss(logits_real.float(), logits_fake.float())
         metrics = optimizer_step(d_loss, self.disc_optimizer, self.disc_scaler, self.recipe.grad_clip)
         accuracy = d_accuracy(logits_real, logits_fake).detach()
-        return {"d_loss": d_loss.detach(), "d_accuracy": accuracy, "d_grad_norm": metrics["grad_norm"]}
+        return {"d_loss": d_loss.detach(), "d_accuracy": accuracy, "d_grad_norm": metrics["grad_norm"], "d_skipped": metrics["skipped"]}
 
     @torch.no_grad()
     def reconstruct(self, rows) -> tuple:
@@ -192,25 +194,22 @@ class AutoencoderStage:
     def sample(self, path: Path) -> None:
         "A picture of eight dev images above their reconstructions."
         x, x_rec, _ = self.reconstruct(self.data.dev[:8])
-        save_png(torch.cat([x, x_rec]), path, nrow=8, scale=max(1, 96 // self.recipe.size))
+        save_png(torch.cat([x, x_rec]), path, nrow=len(x), scale=max(1, 96 // self.recipe.size))
 
     def snapshot(self) -> tuple:
         "EMA weights and what rebuilds the model."
-        return self.ema.module.state_dict(), {"model": asdict(self.recipe.model), "size": self.recipe.size}
-
-    def parts(self) -> dict:
-        "Everything that has a state."
-        return {name: getattr(self, name) for name in
-                ("model", "ema", "disc", "optimizer", "disc_optimizer", "scaler", "disc_scaler")}
+        return self.ema.module.state_dict(), {"model": asdict(self.recipe.model), "size": self.recipe.size, "perceptual": self.perceptual_name}
 
     def state_dict(self) -> dict:
-        "The state of all parts, for a checkpoint."
-        return {name: part.state_dict() for name, part in self.parts().items()}
+        "The state of all parts, and which perceptual loss they were trained with."
+        return super().state_dict() | {"perceptual": self.perceptual_name}
 
     def load_state_dict(self, state: dict) -> None:
-        "Take up the state of a checkpoint."
-        for name, part in self.parts().items():
-            part.load_state_dict(state[name])
+        "Take up the state of a checkpoint. RunError if it was trained with a perceptual loss that is not at hand now, or the other way round."
+        if state["perceptual"] != self.perceptual_name:
+            raise RunError(f"This run was begun with perceptual loss {state['perceptual']!r}, and {self.perceptual_name!r} is at hand now: "
+                           "put the same weights in place again (see perceptual_at_hand), or start another run.")
+        super().load_state_dict(state)
 
 # %% ../nbs/10_train_autoencoder.ipynb #510d74d8
 def train_autoencoder(
@@ -224,17 +223,29 @@ def train_autoencoder(
 ) -> dict:
     "Train an autoencoder; returns its final numbers. RunError for an unknown preset, a data set of another size, or a folder of other settings."
     recipe = replace(find_preset(preset, PRESETS), seed=seed)
-    if data.size != recipe.size:
-        raise RunError(f"Preset {preset} trains at {recipe.size} px but the data in {data.folder} are {data.size} px: "
-                       f"prepare them with --size {recipe.size}.")
-    steps = steps or (None if minutes else recipe.steps)
-    perceptual, name_or_reason = perceptual_at_hand() if recipe.perceptual_weight else (None, None)
-    config = {"stage": "autoencoder", "preset": preset, "recipe": asdict(recipe), "minutes": minutes, "steps": steps,
-              "data": data.manifest["sha256"], "perceptual": name_or_reason if perceptual else None}
-    run = Run.open(folder, config)
-    precision = Precision.pick()
-    stage = AutoencoderStage(data, recipe, precision, perceptual)
-    return fit(stage, run, Budget(steps, minutes), f"autoencoder {preset}", save_every_minutes, device=precision.device)
+    check_data(data, recipe.size, preset)
+    budget = Budget(recipe.steps if steps is None and minutes is None else steps, minutes)
+    run = Run.open(folder, {"stage": "autoencoder", "preset": preset, "recipe": asdict(recipe), "minutes": minutes, "steps": budget.steps,
+                            "data": data.manifest["sha256"]})
+    if run.finished:
+        return run.finished
+    perceptual, name = perceptual_at_hand() if recipe.perceptual_weight else (None, None)
+    if perceptual is None and name:
+        print(f"Training goes on without a perceptual loss: {name}")
+    stage = AutoencoderStage(data, recipe, Precision.pick(), perceptual, name if perceptual else None)
+    return fit(stage, run, budget, f"autoencoder {preset}", save_every_minutes)
+
+
+def check_data(
+    data: Prepared,
+    size: int,    # side that the preset trains at, px
+    preset: str,  # its name, for the message
+) -> None:
+    "RunError if the data are of another size, or too few to hold two photos out."
+    if data.size != size:
+        raise RunError(f"Preset {preset} trains at {size} px but the data in {data.folder} are {data.size} px: prepare them with --size {size}.")
+    if len(data.dev) < 2:
+        raise RunError(f"{data.folder} holds {len(data.images)} photos: training needs at least 20, so that 2 can be held out.")
 
 
 def load_autoencoder(

@@ -17,9 +17,9 @@ from .diffusion import Denoiser, cosine_sigmas, drop_labels, min_snr_weight, str
 from .latents import LatentDataset, cache_latents
 from .plots import save_png
 from .runs import Run, RunError
-from .sampling import guided, log_snr_sigmas, sample_dpmpp_2m, sample_noise
+from .sampling import SAMPLERS, SamplingError, guided, log_snr_sigmas, sample_noise
 from .train_autoencoder import find_preset, load_autoencoder
-from .training import Budget, Precision, batch_indices, fit, learning_rate, make_ema, optimizer_step, seed_step
+from .training import Budget, Precision, Stage, batch_indices, fit, learning_rate, make_ema, optimizer_step, seed_step
 from .unet import UNet, UNetConfig
 
 # %% ../nbs/15_train_diffusion.ipynb #06aacf35
@@ -58,18 +58,22 @@ def sample_latents(
     indices,               # (B,) which samples of the seed; sample 17 is the same in any batch
     seed: int = 0,
     guidance: float = 2.0,  # 1 = none; without classes it has no effect
-    steps: int = 20,        # network evaluations (each of double batch where guidance acts)
+    steps: int = 20,        # noise levels visited; a network evaluation each (Heun: two), of double batch where guidance acts
+    sampler: str = "dpmpp_2m",  # a key of `SAMPLERS`
     noise: torch.Tensor = None,  # (B,C,h,w) unit noise to start from instead of that of (seed, index)
 ) -> torch.Tensor:
-    "Draw normalised latents (B,C,h,w) float32; the network runs on the device of `labels`."
+    "Draw normalised latents (B,C,h,w) float32; the network runs on the device of `labels`. SamplingError for an unknown sampler."
+    if sampler not in SAMPLERS:
+        raise SamplingError(f"There is no sampler {sampler!r}: the known ones are {', '.join(SAMPLERS)}.")
     sigmas = log_snr_sigmas(steps, SIGMA_MIN, SIGMA_MAX)
     noise = sample_noise(seed, indices, shape, device=labels.device) if noise is None else noise
     has_classes = bool((labels >= 0).any())
-    return sample_dpmpp_2m(guided(denoiser, labels if has_classes else None, guidance), noise * sigmas[0], sigmas)
+    return SAMPLERS[sampler](guided(denoiser, labels if has_classes else None, guidance), noise * sigmas[0], sigmas)
 
 # %% ../nbs/15_train_diffusion.ipynb #63a236bb
-class DiffusionStage:
-    "The denoiser, its EMA, and how it takes a step (see `fit` for what each method is for)."
+class DiffusionStage(Stage):
+    "The denoiser, its EMA, and how it takes a step."
+    parts = ("denoiser", "ema", "optimizer", "scaler")
 
     def __init__(self, latents: LatentDataset, recipe: DiffusionRecipe, autoencoder, classes: list, precision: Precision = Precision()):
         torch.manual_seed(recipe.seed)
@@ -116,7 +120,8 @@ class DiffusionStage:
             sigma = cosine_sigmas(u[piece].to(z.device), SIGMA_MIN, SIGMA_MAX)
             losses.append(self.loss(self.ema.module, z, sigma, labels).cpu())
         loss = torch.cat(losses)                                                             # (N,)
-        bands = {f"dev_loss_band{i}": loss[(u * 4).long() == i].mean().item() for i in range(4)}
+        band = (u * 4).long()                                                                # (N,) 0 = little noise, 3 = most
+        bands = {f"dev_loss_band{i}": loss[band == i].mean().item() for i in band.unique().tolist()}
         return {"dev_loss": loss.mean().item(), "dev_images": len(rows)} | bands
 
     def score(self, evaluation: dict) -> float:
@@ -125,9 +130,9 @@ class DiffusionStage:
 
     @torch.no_grad()
     def sample(self, path: Path) -> None:
-        "A picture of 16 samples, or of four per class, always from the same noise."
-        labels = torch.arange(max(1, len(self.classes))).repeat_interleave(4 if self.classes else 16)
-        labels = (labels if self.classes else labels - 1).to(self.precision.device)
+        "A picture of 16 samples, or of four for each of the first eight classes, always from the same noise."
+        labels = torch.arange(min(8, len(self.classes))).repeat_interleave(4) if self.classes else torch.full((16,), -1)
+        labels = labels.to(self.precision.device)
         with self.precision.autocast():
             z = sample_latents(self.ema.module, self.latents.shape, labels, range(len(labels)))
             x = self.autoencoder.decode_latent(self.scale.denormalise(z))
@@ -139,19 +144,6 @@ class DiffusionStage:
         tensors |= {f"scale.{name}": value for name, value in self.scale.state_dict().items()}
         return tensors, {"unet": asdict(self.recipe.model), "classes": self.classes, "latent_shape": list(self.latents.shape),
                          "autoencoder": self.latents.facts["autoencoder"], "parameterisation": self.denoiser.parameterisation}
-
-    def parts(self) -> dict:
-        "Everything that has a state."
-        return {name: getattr(self, name) for name in ("denoiser", "ema", "optimizer", "scaler")}
-
-    def state_dict(self) -> dict:
-        "The state of all parts, for a checkpoint."
-        return {name: part.state_dict() for name, part in self.parts().items()}
-
-    def load_state_dict(self, state: dict) -> None:
-        "Take up the state of a checkpoint."
-        for name, part in self.parts().items():
-            part.load_state_dict(state[name])
 
 # %% ../nbs/15_train_diffusion.ipynb #95894872
 def train_diffusion(
@@ -165,9 +157,9 @@ def train_diffusion(
     save_every_minutes: float = 5,
 ) -> dict:
     "Encode the data if that is not done yet, then train a prior on the latents; returns its final numbers. RunError as for `train_autoencoder`."
-    precision = Precision.pick()
+    recipe, precision = find_preset(preset, PRESETS), Precision.pick()
+    budget = Budget(recipe.steps if steps is None and minutes is None else steps, minutes)
     autoencoder = load_autoencoder(autoencoder_folder, precision.device)
-    recipe = find_preset(preset, PRESETS)
     size = data.size // autoencoder.factor
     if size != recipe.model.size:
         raise RunError(f"Preset {preset} trains on latents of side {recipe.model.size}, but {data.size} px photos give {size} "
@@ -175,10 +167,8 @@ def train_diffusion(
     latents = cache_latents(autoencoder, data, autoencoder_folder, Path(autoencoder_folder) / f"latents-{data.manifest['sha256'][:12]}",
                             precision.device)
     recipe = replace(recipe, seed=seed, model=replace(recipe.model, in_ch=latents.shape[0], num_classes=data.num_classes))
-    steps = steps or (None if minutes else recipe.steps)
-    config = {"stage": "diffusion", "preset": preset, "recipe": asdict(recipe), "minutes": minutes, "steps": steps,
-              "data": data.manifest["sha256"], "autoencoder_sha256": latents.facts["autoencoder"],
-              "autoencoder": os.path.relpath(autoencoder_folder, folder)}
-    run = Run.open(folder, config)
+    run = Run.open(folder, {"stage": "diffusion", "preset": preset, "recipe": asdict(recipe), "minutes": minutes, "steps": budget.steps,
+                            "data": data.manifest["sha256"], "autoencoder_sha256": latents.facts["autoencoder"],
+                            "autoencoder": os.path.relpath(autoencoder_folder, folder)})
     stage = DiffusionStage(latents, recipe, autoencoder, data.classes, precision)
-    return fit(stage, run, Budget(steps, minutes), f"diffusion {preset}", save_every_minutes, device=precision.device)
+    return fit(stage, run, budget, f"diffusion {preset}", save_every_minutes)

@@ -1,0 +1,69 @@
+"""Precision follows the hardware, and both stages can train in each."""
+from dataclasses import replace
+
+import pytest
+import torch
+from image_diffusion.autoencoder import make_autoencoder
+from image_diffusion.latents import LatentDataset
+from image_diffusion.train_autoencoder import PRESETS as AUTOENCODERS
+from image_diffusion.train_autoencoder import AutoencoderStage
+from image_diffusion.train_diffusion import PRESETS as PRIORS
+from image_diffusion.train_diffusion import DiffusionStage
+from image_diffusion.training import Precision
+
+HALF = [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("card, capability, dtype", [("T4", (7, 5), torch.float16), ("A100", (8, 0), torch.bfloat16),
+                                                     ("H100", (9, 0), torch.bfloat16)])
+def test_on_a_gpu_the_capability_decides(monkeypatch, card, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)      # a T4 says so too, and emulates
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)              # put back afterwards
+    assert Precision.pick() == Precision("cuda", dtype)
+
+
+@pytest.mark.parametrize("able, dtype", [({}, torch.float32), ({"avx512_bf16": False, "amx_bf16": False}, torch.float32),
+                                         ({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16)])
+def test_on_a_cpu_its_instructions_decide(monkeypatch, able, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    assert Precision.pick() == Precision("cpu", dtype)
+
+
+def test_only_fp16_scales_its_gradients():
+    assert [Precision("cpu", dtype).scaler().is_enabled() for dtype in (torch.float16, torch.bfloat16, torch.float32)] == [True, False, False]
+
+
+def autoencoder_stage(data, precision):
+    return AutoencoderStage(data, replace(AUTOENCODERS["tiny-kl"], batch_size=4), precision)
+
+
+def diffusion_stage(data, precision):
+    "A stage on made-up latents."
+    recipe, rng = PRIORS["tiny"], torch.Generator().manual_seed(0)
+    autoencoder = make_autoencoder(AUTOENCODERS["tiny-kl"].model).eval()
+    latents = torch.randn(2, len(data.images), recipe.model.in_ch, recipe.model.size, recipe.model.size, generator=rng).half().numpy()
+    facts = {"latent_mean": [0.0] * recipe.model.in_ch, "latent_std": [1.0] * recipe.model.in_ch, "autoencoder": ""}
+    dataset = LatentDataset(latents, None, data.labels, facts, data.train, data.dev)
+    recipe = replace(recipe, batch_size=4, model=replace(recipe.model, num_classes=data.num_classes))
+    return DiffusionStage(dataset, recipe, autoencoder, data.classes, precision)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("make, networks", [(autoencoder_stage, ("model", "disc")), (diffusion_stage, ("denoiser",))],
+                         ids=["autoencoder", "diffusion"])
+def test_a_step_in_half_precision_moves_finite_weights(prepared, make, networks, dtype):
+    stage = make(prepared, Precision("cpu", dtype))
+    before = {name: [p.detach().clone() for p in getattr(stage, name).parameters()] for name in networks}
+    for step in range(12):                       # a new scaler may skip some steps until its scale fits
+        metrics = stage.train_step(step, 0.9)    # so late that the discriminator takes part
+        if not metrics["skipped"]:
+            break
+    assert not metrics["skipped"] and metrics["grad_norm"] > 0
+    for name in networks:
+        after = list(getattr(stage, name).parameters())
+        assert all(p.dtype == torch.float32 and p.isfinite().all() for p in after), name
+        assert any(not torch.equal(p, old) for p, old in zip(after, before[name])), f"{name} did not move"
+    assert all(torch.as_tensor(value).isfinite() for value in metrics.values() if value is not None)
