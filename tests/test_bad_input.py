@@ -27,14 +27,13 @@ def sentence(output):
     return last
 
 
-def refused(*words, keep, says):
-    "Type a command that must be refused with exit code 1 and the words `says`, and leave the folder `keep` as it is; returns the sentence."
+def refused(*words, keep, says, code=1):
+    "Type a command that must be refused with the words `says` and leave the folder `keep` as it is; code 2 is click's for a bad option."
     before = contents(keep)
     result = type_in(*words)
-    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), repr(result.exception) + result.output
+    assert result.exit_code == code and isinstance(result.exception, SystemExit), repr(result.exception) + result.output
     assert all(word in sentence(result.output) for word in says), result.output
     assert contents(keep) == before
-    return result.output
 
 
 def run(source, folder, *more):
@@ -96,7 +95,7 @@ def test_a_photo_of_one_pixel(tmp_path):
 @pytest.mark.parametrize("count", [1, 3])
 def test_too_few_photos(tmp_path, count):
     write_photos(tmp_path / "photos", count, by_class=False)
-    refused(*run(tmp_path / "photos", tmp_path / "run"), keep=tmp_path / "photos", says=["photos", str(count)])
+    refused(*run(tmp_path / "photos", tmp_path / "run"), keep=tmp_path / "photos", says=[f"holds {count} photos", "at least 20"])
 
 
 # Presets, budgets and folders
@@ -194,8 +193,9 @@ def test_a_prior_for_the_wrong_autoencoder(whole_run, prepared, tmp_path):
 def test_drawing_what_cannot_be_drawn(whole_run):
     draw = ["generate", "--run", whole_run / "prior"]
     refused(*draw, "--class", "city", keep=whole_run, says=["city", "desert, forest, lake, mountains, sea"])
-    refused(*draw, "--n", 0, keep=whole_run, says=["0"])
-    refused(*draw, "--steps", 0, keep=whole_run, says=["0"])
+    refused(*draw, "--sampler", "magic", keep=whole_run, says=["magic", "dpmpp_2m"])
+    refused(*draw, "--steps", 0, keep=whole_run, says=["at least one step"])
+    refused(*draw, "--n", 0, keep=whole_run, says=["--n"], code=2)
 
 
 def test_damaged_files_of_a_run(whole_run, tmp_path):
@@ -236,7 +236,7 @@ def test_a_disk_that_fills_up_while_preparing(tmp_path):
 
 
 def test_too_little_room_is_told_before_preparing(tmp_path):
-    refused("prepare", "synthetic:900000000", "--out", tmp_path / "data", "--size", 512, keep=tmp_path, says=["MB are free", "make room"])
+    refused("prepare", "synthetic:2000000", "--out", tmp_path / "data", "--size", 4096, keep=tmp_path, says=["MB are free", "make room"])
 
 
 def test_a_disk_that_fills_up_while_training(prepared, tmp_path):

@@ -12,7 +12,7 @@ from image_diffusion.data import CLASSES, load_prepared, prepare
 from image_diffusion.runs import Run
 from PIL import Image
 
-HEADINGS = ["Landscapes that did not exist before", "Metrics", "Reconstructions", "Samples as training went on",
+HEADINGS = ["Landscapes that did not exist before", "Metrics", "Reconstructions", "Codebook use", "Samples as training went on",
             "Training of autoencoder-kl", "Training of autoencoder-vq", "Training of prior", "Settings"]
 
 
@@ -40,23 +40,24 @@ def test_the_report_has_every_part_and_needs_no_other_file(report):
 
 
 def test_every_metric_says_what_it_is_of_and_how_it_was_made(metrics):
-    of = {"reconstructions KL", "reconstructions VQ", "samples"}
-    assert {record["of"] for record in metrics} == of
-    assert {record["name"] for record in metrics} >= {"PSNR, dB", "SSIM", "codes used", "perplexity", "FD-random", "FID"}
+    names = {of: {record["name"] for record in metrics if record["of"] == of} for of in {record["of"] for record in metrics}}
+    assert names.keys() == {"reconstructions KL", "reconstructions VQ", "samples"}
+    assert names["samples"] >= {"FD-random", "FID"}
+    assert names["reconstructions KL"] >= {"PSNR, dB", "SSIM", "rFD-random", "rFID"}
+    assert names["reconstructions VQ"] == names["reconstructions KL"] | {"codes used", "perplexity"}
     for record in metrics:
-        if record["name"].startswith("FD-"):
-            assert {"n", "n_reference", "dim", "features", "reference", "floor"} <= record.keys()
-            assert np.isfinite([record["value"], record["floor"]]).all()
-        if record["name"].startswith("FD-") and record["of"] == "samples":
-            assert record["n"] == 24 and {"seed", "sampler", "steps", "guidance", "training_steps"} <= record.keys()
+        assert {"seed", "reference", "training_steps"} <= record.keys()
+        if "FD-" in record["name"]:
+            assert {"n", "n_reference", "dim", "features"} <= record.keys() and np.isfinite(record["value"])
+        if record["name"] == "FD-random":
+            assert record["n"] == 24 and np.isfinite(record["floor"]) and {"sampler", "steps", "guidance"} <= record.keys()
 
 
 def test_fid_without_its_weights_is_not_computed_and_says_why(metrics, report):
-    records = [record for record in metrics if record["name"] == "FID"]
+    records = [record for record in metrics if record["name"] in ("FID", "rFID")]
     assert len(records) == 3 and all(record["value"] is None for record in records)
     assert all("not computed, because" in record["reason"] and "https://" in record["reason"] for record in records)
-    row = re.search(r"<tr><td>FID</td><td>(.*?)</td>", report)
-    assert row[1] == "not computed" and "weights-inception" in report
+    assert re.findall(r"<tr><td>r?FID</td><td>(.*?)</td>", report) == ["not computed"] * 3 and "weights-inception" in report
 
 
 def test_numbers_in_the_report_are_those_of_the_run(metrics, report):
@@ -131,6 +132,6 @@ def test_fresh_starts_over_and_a_zip_without_classes_gives_a_run_with_vq(flat_zi
 def test_demo_takes_its_name_and_place_from_the_root_of_runs(monkeypatch, tmp_path):
     monkeypatch.setenv("IMAGE_DIFFUSION_HOME", str(tmp_path))
     calls = []
-    monkeypatch.setattr(cli, "run", lambda *words: calls.append(words))
+    monkeypatch.setattr(cli, "run", lambda *words, **options: calls.append((words, options)))
     assert type_in("demo", "--minutes", 6).exit_code == 0
-    assert calls == [("synthetic", tmp_path / "demo", "tiny", 0.1, ("kl", "vq"))]
+    assert calls == [(("synthetic", tmp_path / "demo", "tiny", 0.1, ("kl", "vq")), {"fresh": False})]

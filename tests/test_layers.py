@@ -44,7 +44,7 @@ def test_only_plots_imports_matplotlib():
 
 
 def test_the_floor_imports_nothing_of_the_package():
-    floor = "plots data blocks bottleneck perceptual discriminator diffusion sampling".split()
+    floor = "plots data blocks bottleneck discriminator diffusion sampling".split()
     assert not {name: found for name in floor if (found := {i for i in module_imports(name) if i.startswith(".")})}
 
 

@@ -4,14 +4,13 @@ import shutil
 import signal
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import MAIN, contents, start
 from image_diffusion.runs import Run, load_snapshot, read_metrics
 
-STEPS, KILL_AFTER = 80, 58     # so late that in stage 1 the discriminator has a state too
+STEPS = 80
 OFTEN, NEVER = 0.01, 1000      # minutes between checkpoints
 AUTOENCODER = """import sys
 from image_diffusion.data import load_prepared
@@ -54,25 +53,25 @@ def logged(folder):
 
 @pytest.fixture(scope="module")
 def autoencoder(prepared, tmp_path_factory):
-    "An autoencoder that was trained without interruption, and one that was killed late."
+    "An autoencoder that was trained without interruption, and one that was killed on the way."
     folder = tmp_path_factory.mktemp("autoencoder")
-    return two_runs([sys.executable, "-c", AUTOENCODER, prepared.folder], folder)
+    return two_runs([sys.executable, "-c", AUTOENCODER, prepared.folder], folder, kill_after=58)   # the discriminator has a state by then
 
 
 @pytest.fixture(scope="module")
 def prior(prepared, autoencoder, tmp_path_factory):
     "The same for a prior on the first autoencoder."
     folder = tmp_path_factory.mktemp("prior")
-    return two_runs([sys.executable, "-c", PRIOR, prepared.folder, autoencoder[1]], folder)
+    return two_runs([sys.executable, "-c", PRIOR, prepared.folder, autoencoder[1]], folder, kill_after=10)
 
 
-def two_runs(command, folder):
+def two_runs(command, folder, kill_after):
     "Train with a kill, and beside it without (and without saving on the way); returns command and both folders."
     whole, killed = folder / "whole", folder / "killed"
     victim = start([*command, killed, STEPS, OFTEN])
     wait_until(lambda: len(saved(killed)) >= 1, victim)
     quiet = start([*command, whole, STEPS, NEVER])
-    wait_until(lambda: len(saved(killed)) >= 2 and saved(killed)[-1] >= KILL_AFTER, victim)
+    wait_until(lambda: len(saved(killed)) >= 2 and saved(killed)[-1] >= kill_after, victim)
     victim.kill()
     victim.wait()
     finish(quiet)
