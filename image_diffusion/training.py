@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Precision', 'optimizer_step', 'make_ema', 'Budget', 'learning_rate', 'batch_indices', 'seed_step', 'Stage', 'Tick',
            'training_loop', 'Meter', 'stop_requests', 'Interrupted', 'save_stage', 'resume_stage', 'progress_bar',
-           'fit', 'finish_stage']
+           'log_means', 'fit', 'finish_stage']
 
 # %% ../nbs/09_training.ipynb #9b29d4c4
 import math
@@ -253,6 +253,17 @@ def progress_bar(
                 bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")
 
 
+def log_means(
+    run: Run,
+    tick: Tick,
+    meter: Meter,
+) -> dict:
+    "Append the means of the steps since the last record to `metrics.jsonl`, and return the record."
+    record = {"step": tick.step, "progress": tick.progress, "minutes": tick.seconds / 60} | meter.pop()
+    append_metrics(run, record)
+    return record
+
+
 def fit(
     stage: Stage,
     run: Run,         # where it is kept
@@ -272,8 +283,7 @@ def fit(
         for tick in training_loop(stage, budget, step, seconds):
             meter.add(tick.metrics)
             if tick.step % log_every == 0:
-                record = {"step": tick.step, "progress": tick.progress, "minutes": tick.seconds / 60} | meter.pop()
-                append_metrics(run, record)
+                record = log_means(run, tick, meter)
                 bar.set_postfix({"step": tick.step} | {key: f"{record[key]:.3g}" for key in list(record)[3:5]}, refresh=False)
             bar.update(tick.progress - bar.n)
             if tick.progress * samples >= drawn:
@@ -285,6 +295,8 @@ def fit(
                 saved_at = time.monotonic()
             if asked.is_set():
                 raise Interrupted(f"Stopped at step {tick.step}, saved in {run.folder}: run the same command again to go on.")
+    if meter.values:
+        log_means(run, tick, meter)                             # the last steps, fewer than `log_every`
     return finish_stage(stage, run, tick)
 
 
