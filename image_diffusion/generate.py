@@ -250,7 +250,7 @@ def curve_section(
     records, panels = read_metrics(run), PANELS[run.config["stage"]]
     panels = {title: keys for title, keys in panels.items() if any(r.get(key) is not None for r in records for key in keys)}
     return Section(f"Training of {run.folder.name}", f"{records[-1]['step']} steps in {run.finished['minutes']:.1f} minutes.",
-                   (figure_png(plot_metrics(records, panels)),))
+                   (figure_png(plot_metrics(records, panels, smooth=0.6)),))
 
 
 def reconstruction_section(
@@ -293,15 +293,15 @@ def progress_section(
 
 
 def metric_rows(
-    records: list,  # from `picture_distances`, or any dicts with `name` and `value`
+    records: list,  # from `evaluate_autoencoder` and `evaluate_prior`
 ) -> list:
-    "Rows of a table: name, value, floor, and everything else as provenance."
+    "Rows of a table: name, what it is of, value, floor, and everything else as provenance."
     rows = []
     for record in records:
-        rest = {key: value for key, value in record.items() if key not in ("name", "value", "floor") and value is not None}
+        rest = {key: value for key, value in record.items() if key not in ("name", "of", "value", "floor") and value is not None}
         value = "not computed" if record["value"] is None else f"{record['value']:.4g}"
         floor = "" if record.get("floor") is None else f"{record['floor']:.4g}"
-        rows.append({"metric": record["name"], "value": value, "real-vs-real floor": floor,
+        rows.append({"metric": record["name"], "of": record["of"], "value": value, "real-vs-real floor": floor,
                      "provenance": ", ".join(f"{key}: {value}" for key, value in rest.items())})
     return rows
 

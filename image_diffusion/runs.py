@@ -297,7 +297,8 @@ class Section:
                   for png in self.pictures]
         if self.table:
             cells = [[str(key) for key in self.table[0]]] + [[str(value) for value in row.values()] for row in self.table]
-            rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in cells]
+            rows = ["".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
+                    for tag, row in zip(["th"] + ["td"] * len(self.table), cells)]
             parts.append("<table>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>")
         return "\n".join(parts)
 
