@@ -1,5 +1,6 @@
 """What several test files share: photos on disk, one finished run, and a machine without network and downloaded weights."""
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -43,8 +44,10 @@ def type_in(*words):
 
 def start(command, **options):
     "Start a command as a process of its own, with its output at hand; one thread, so that two can run side by side."
+    def hear_ctrl_c():   # a shell that runs the tests in the background makes its children deaf to it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, **options)
+                            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, preexec_fn=hear_ctrl_c, **options)
 
 
 def contents(folder):
