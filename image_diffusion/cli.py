@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['AUTOENCODER_SHARE', 'FINISH_SHARE', 'FINISH_MINUTES', 'ABOVE_0', 'prior_minutes', 'planned_minutes',
-           'train_both_stages', 'draw_and_measure', 'run', 'start_over', 'user_errors', 'Commands', 'run_option',
-           'under_root', 'main', 'demo', 'run_command', 'prepare', 'training_options', 'train_autoencoder',
-           'train_diffusion', 'generate', 'evaluate']
+           'train_both_stages', 'draw_and_measure', 'run', 'data_places', 'start_over', 'user_errors', 'Commands',
+           'run_option', 'source_options', 'under_root', 'main', 'demo', 'run_command', 'prepare', 'training_options',
+           'train_autoencoder', 'train_diffusion', 'generate', 'evaluate']
 
 # %% ../nbs/17_cli.ipynb #acd8d9c9
 from pathlib import Path
@@ -87,7 +87,7 @@ def draw_and_measure(
 
 
 def run(
-    source: str,              # a folder, a zip, or `synthetic`
+    source: str,              # anything that `fetch` takes: a folder, an archive, a link, `lhq`, `synthetic`
     folder: Path,             # the run folder; everything goes there
     preset: str = "photos64",
     hours: float = 2.0,       # for everything, from preparing to the report
@@ -96,9 +96,11 @@ def run(
     samples: int = 512,       # pictures drawn to measure the distance to the dev photos
     seed: int = 0,
     fresh: bool = False,      # delete what an earlier run left in the folder
+    labels: str = "folders",  # where classes come from: `folders`, `none`, or a CSV file
+    downloads: str = "downloads",  # folder for what comes from the network
 ) -> Path:
     "From photos to a report: prepare, train autoencoder(s) and prior, draw, measure. Returns the report; the same call again resumes."
-    from image_diffusion.data import fetch, prepare
+    from image_diffusion.data import fetch, label_settings, prepare, source_name
     from image_diffusion.runs import Run
     from image_diffusion.train_autoencoder import PRESETS as AUTOENCODERS
     from image_diffusion.train_autoencoder import check_data, find_preset
@@ -107,17 +109,18 @@ def run(
     find_preset(preset, PRIORS)
     folder, report = Path(folder), Path(folder) / "report.html"
     if fresh or not (folder / "config.json").exists():
-        fetch(source)   # a wrong source is told before anything is made or deleted
+        fetch(source, downloads)   # a wrong source is told before anything is made or deleted
     if fresh:
         start_over(folder)
-    settings = {"source": source if source.startswith("synthetic") else Path(source).name, "preset": preset, "hours": hours,
-                "bottlenecks": list(bottlenecks), "limit": limit, "samples": samples, "seed": seed}
+    settings = {"source": source if source.startswith("synthetic") else source_name(source), "preset": preset, "hours": hours,
+                "bottlenecks": list(bottlenecks), "limit": limit, "samples": samples, "seed": seed, "labels": label_settings(labels)}
     whole = Run.open(folder, settings)
     if whole.finished:
         click.echo(f"This run is finished: {report} (--fresh starts over).")
         return report
     size = AUTOENCODERS[f"{preset}-{bottlenecks[0]}"].size
-    data = prepare(source, folder / "data", size, limit)
+    place, packed = data_places(folder)
+    data = prepare(source, place, size, limit, labels=labels, downloads=downloads, packed=packed)
     check_data(data, size, preset)
     click.echo(f"Prepared {len(data.images)} photos of {data.size} px: {len(data.train)} train, {len(data.dev)} dev, "
                f"{len(data.manifest['skipped'])} skipped, classes: {', '.join(data.classes) or 'none'}.")
@@ -125,6 +128,14 @@ def run(
     whole.finish({"report": report.name, "metrics": draw_and_measure(data, folder, settings)})
     click.echo(f"Report: {report}")
     return report
+
+
+def data_places(
+    folder: Path,  # a whole run's folder
+) -> tuple:        # (folder of the prepared set, its packed copy or None)
+    "The prepared set lies in the run's folder; in Colab on the machine's own disk, with a packed copy in the run's folder on Drive."
+    from image_diffusion.runs import in_colab
+    return (Path("data") / folder.name, folder / "data.tar") if in_colab() else (folder / "data", None)
 
 
 def start_over(
@@ -178,6 +189,12 @@ def run_option(default):
     return click.option("--run", "folder", type=click.Path(path_type=Path), help=f"Run folder.  [default: {default} under ./runs, in Colab on Drive]")
 
 
+def source_options(command):
+    "The options of both commands that take a SOURCE."
+    command = click.option("--downloads", default="downloads", help="Folder for what comes from the network.")(command)
+    return click.option("--labels", default="folders", help="Classes: `folders`, `none`, or a CSV file with lines name,class.")(command)
+
+
 def under_root(
     folder: Path,  # what the user gave, or None
     name: str,     # the default's name
@@ -204,6 +221,7 @@ def demo(folder, minutes, fresh):
 
 @main.command(name="run")
 @click.argument("source")
+@source_options
 @run_option("the source's name")
 @click.option("--preset", default="photos64", help="tiny (32 px), photos64 (64 px, CPU), lhq128 or lhq128-fast (128 px, GPU).")
 @click.option("--hours", default=2.0, type=ABOVE_0, help="Time budget for everything, kept to within 10%.")
@@ -212,22 +230,30 @@ def demo(folder, minutes, fresh):
 @click.option("--samples", default=512, type=click.IntRange(min=2), help="Pictures drawn to measure the distance to the dev photos.")
 @click.option("--seed", default=0, type=click.IntRange(min=0))
 @click.option("--fresh", is_flag=True, help="Delete what an earlier run in this folder made and start over.")
-def run_command(source, folder, preset, hours, bottleneck, limit, samples, seed, fresh):
-    "Everything, on your photos: SOURCE is a folder, a zip, or `synthetic`. The same command again resumes."
-    folder = under_root(folder, Path(source).expanduser().resolve().stem)
-    run(source, folder, preset, hours, (bottleneck,), limit, samples, seed, fresh)
+def run_command(source, labels, downloads, folder, preset, hours, bottleneck, limit, samples, seed, fresh):
+    """Everything, on your photos. The same command again resumes.
+
+    SOURCE is a folder, a .zip or .tar, a web address, a share link of Google Drive or Yandex Disk, `lhq`, or `synthetic`."""
+    from image_diffusion.data import source_name
+    folder = under_root(folder, source_name(source).partition(".")[0])
+    run(source, folder, preset, hours, (bottleneck,), limit, samples, seed, fresh, labels, downloads)
 
 
 @main.command()
 @click.argument("source")
+@source_options
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the prepared data.")
 @click.option("--size", default=128, help="Side of the images, px.")
 @click.option("--limit", type=click.IntRange(min=1), help="Use so many photos, a seeded choice.  [default: all]")
-@click.option("--seed", default=0, type=click.IntRange(min=0), help="Seed of the split into train and dev.")
-def prepare(source, out, size, limit, seed):
-    "Turn photos (a folder, a zip, or `synthetic`) into one array with a train and a dev split."
+@click.option("--seed", default=0, type=click.IntRange(min=0), help="Seed of the choice, and of the split into train and dev.")
+@click.option("--packed", type=click.Path(path_type=Path), help="One file, such as on Drive: copied back if it is there, else written.")
+@click.option("--workers", type=click.IntRange(min=1), help="Threads; the result does not depend on them.  [default: one per core]")
+def prepare(source, labels, downloads, out, size, limit, seed, packed, workers):
+    """Turn photos into one array with a train and a dev split. The same command again goes on.
+
+    SOURCE is a folder, a .zip or .tar, a web address, a share link of Google Drive or Yandex Disk, `lhq`, or `synthetic`."""
     from image_diffusion.data import prepare as prepare_data
-    data = prepare_data(source, out, size, limit, seed)
+    data = prepare_data(source, out, size, limit, seed, labels, True, workers, downloads, packed)
     click.echo(f"Prepared {len(data.images)} photos of {data.size} px in {out}: {len(data.train)} train, {len(data.dev)} dev, "
                f"{len(data.manifest['skipped'])} skipped.")
 

@@ -231,8 +231,10 @@ def with_small_files(size, *words):
 
 
 def test_a_disk_that_fills_up_while_preparing(tmp_path):
-    assert "make room" in with_small_files(100_000, "prepare", "synthetic:200", "--out", tmp_path / "data", "--size", SIZE)
-    assert list(tmp_path.iterdir()) == []
+    said = with_small_files(100_000, "prepare", "synthetic:200", "--out", tmp_path / "data", "--size", SIZE)
+    assert "make room" in said and "data.part" in said and [path.name for path in tmp_path.iterdir()] == ["data.part"]
+    assert type_in("prepare", "synthetic:200", "--out", tmp_path / "data", "--size", SIZE).exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 def test_too_little_room_is_told_before_preparing(tmp_path):
