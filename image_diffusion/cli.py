@@ -9,6 +9,7 @@ __all__ = ['AUTOENCODER_SHARE', 'FINISH_SHARE', 'FINISH_MINUTES', 'ABOVE_0', 'pr
            'train_autoencoder', 'train_diffusion', 'generate', 'evaluate']
 
 # %% ../nbs/17_cli.ipynb #acd8d9c9
+import sys
 from pathlib import Path
 
 import click
@@ -100,25 +101,27 @@ def run(
     downloads: str = "downloads",  # folder for what comes from the network
 ) -> Path:
     "From photos to a report: prepare, train autoencoder(s) and prior, draw, measure. Returns the report; the same call again resumes."
-    from image_diffusion.data import fetch, label_settings, prepare, source_name
+    from image_diffusion.data import check_wishes, planned, prepare, source_name
     from image_diffusion.runs import Run
     from image_diffusion.train_autoencoder import PRESETS as AUTOENCODERS
     from image_diffusion.train_autoencoder import check_data, find_preset
     from image_diffusion.train_diffusion import PRESETS as PRIORS
 
     find_preset(preset, PRIORS)
+    size = AUTOENCODERS[f"{preset}-{bottlenecks[0]}"].size
     folder, report = Path(folder), Path(folder) / "report.html"
+    wishes = check_wishes(source, size, limit, 0, labels)
     if fresh or not (folder / "config.json").exists():
-        fetch(source, downloads)   # a wrong source is told before anything is made or deleted
+        with planned(source, wishes, labels, downloads):
+            pass                   # a wrong source is told before anything is made or deleted
     if fresh:
         start_over(folder)
     settings = {"source": source if source.startswith("synthetic") else source_name(source), "preset": preset, "hours": hours,
-                "bottlenecks": list(bottlenecks), "limit": limit, "samples": samples, "seed": seed, "labels": label_settings(labels)}
+                "bottlenecks": list(bottlenecks), "limit": limit, "samples": samples, "seed": seed, "labels": wishes["labels"]}
     whole = Run.open(folder, settings)
     if whole.finished:
         click.echo(f"This run is finished: {report} (--fresh starts over).")
         return report
-    size = AUTOENCODERS[f"{preset}-{bottlenecks[0]}"].size
     place, packed = data_places(folder)
     data = prepare(source, place, size, limit, labels=labels, downloads=downloads, packed=packed)
     check_data(data, size, preset)
@@ -208,6 +211,9 @@ def under_root(
 @click.version_option(package_name="image_diffusion")
 def main():
     "Train a latent diffusion model from scratch on landscape photos. Every command resumes when typed again."
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")   # names of files and classes may hold what a terminal cannot show
 
 
 @main.command()
@@ -235,7 +241,7 @@ def run_command(source, labels, downloads, folder, preset, hours, bottleneck, li
 
     SOURCE is a folder, a .zip or .tar, a web address, a share link of Google Drive or Yandex Disk, `lhq`, or `synthetic`."""
     from image_diffusion.data import source_name
-    folder = under_root(folder, source_name(source).partition(".")[0])
+    folder = under_root(folder, source_name(source).strip(".").partition(".")[0] or "run")
     run(source, folder, preset, hours, (bottleneck,), limit, samples, seed, fresh, labels, downloads)
 
 

@@ -5,26 +5,29 @@
 # %% auto #0
 __all__ = ['SKIES', 'CLASSES', 'PAINTERS', 'MAGIC', 'TIMEOUT', 'RETRIES', 'PAUSE', 'CHUNK', 'HEADERS', 'YANDEX_API',
            'YANDEX_LINK', 'DRIVE_URL', 'DRIVE_LINK', 'NOT_A_FILE', 'SYNTHETIC', 'SOURCES', 'LHQ_URL', 'MIN_SIDE',
-           'MAX_FILE_BYTES', 'MAX_PIXELS', 'FORMATS', 'PHOTO_SUFFIXES', 'JOB_PHOTOS', 'JOB_BYTES', 'FORMAT_VERSION',
-           'SAVE_SECONDS', 'SET_FILES', 'Dice', 'hats', 'fractal_line', 'fractal_texture', 'blend', 'smoothstep', 'mix',
-           'Scene', 'paint_sky', 'paint_sun', 'paint_clouds', 'finish', 'paint_layer', 'paint_flanks', 'colours',
-           'paint_range', 'paint_firs', 'paint_sea_water', 'paint_mirror', 'paint_hills', 'paint_mountains',
-           'paint_sea', 'paint_lake', 'paint_forest', 'paint_desert', 'synthetic_landscapes', 'DataError', 'kind_of',
-           'archive_kind', 'TryAgain', 'Remote', 'Download', 'check_status', 'check_start', 'span', 'validator',
-           'same_file', 'check_room', 'receive', 'append', 'reason', 'wait_or_give_up', 'check_sha256',
-           'finish_download', 'lock_for', 'download', 'ask_yandex', 'resolve_yandex', 'drive_id', 'resolve_drive',
-           'link_behind', 'local_name', 'resolver', 'fetch_link', 'fetch_lhq', 'library', 'fetch_lhq_kaggle',
-           'fetch_lhq_huggingface', 'fetch_local', 'fetch', 'to_rgb', 'square', 'photo_array', 'try_photo', 'Photo',
-           'clean_name', 'may_be_photo', 'FolderSource', 'ZipSource', 'TarSource', 'open_source', 'folder_labels',
-           'csv_labels', 'label_photos', 'label_settings', 'endings', 'number_classes', 'Plan', 'why_not',
-           'plan_photos', 'in_chunks', 'synthetic_count', 'plan_synthetic', 'in_order', 'Prepared', 'load_prepared',
-           'Progress', 'images_end', 'write_header', 'start_or_go_on', 'write_images', 'save', 'change_count',
-           'finish_set', 'sha256_of', 'file_sha256', 'check_disk', 'check_settings', 'already_prepared', 'run_plan',
-           'make_set', 'source_name', 'is_at_hand', 'prepare', 'pack', 'packed_manifest', 'compare_sha256', 'unpack',
-           'from_bytes', 'to_bytes', 'gather', 'load_batch']
+           'MAX_FILE_BYTES', 'MAX_PIXELS', 'ONE_LARGE', 'LARGE_PIXELS', 'FORMATS', 'TURNS', 'PHOTO_SUFFIXES',
+           'JOB_PHOTOS', 'JOB_BYTES', 'SET_FILES', 'FORMAT_VERSION', 'MANIFEST_KEYS', 'SAVE_SECONDS', 'MAX_SIDE',
+           'Dice', 'hats', 'fractal_line', 'fractal_texture', 'blend', 'smoothstep', 'mix', 'Scene', 'paint_sky',
+           'paint_sun', 'paint_clouds', 'finish', 'paint_layer', 'paint_flanks', 'colours', 'paint_range', 'paint_firs',
+           'paint_sea_water', 'paint_mirror', 'paint_hills', 'paint_mountains', 'paint_sea', 'paint_lake',
+           'paint_forest', 'paint_desert', 'synthetic_landscapes', 'DataError', 'kind_of', 'archive_kind', 'TryAgain',
+           'Remote', 'Download', 'check_status', 'check_start', 'span', 'validator', 'same_file', 'check_room',
+           'receive', 'append', 'reason', 'wait_or_give_up', 'check_sha256', 'finish_download', 'lock_for', 'download',
+           'ask_yandex', 'resolve_yandex', 'drive_id', 'resolve_drive', 'link_behind', 'local_name', 'resolver',
+           'fetch_link', 'fetch_lhq', 'library', 'fetch_lhq_kaggle', 'fetch_lhq_huggingface', 'fetch_local', 'fetch',
+           'turn_upright', 'to_rgb', 'square', 'photo_array', 'try_photo', 'Photo', 'clean_name', 'may_be_photo',
+           'FolderSource', 'ZipSource', 'TarSource', 'open_source', 'folder_labels', 'csv_labels', 'label_photos',
+           'label_settings', 'same_text', 'endings', 'number_classes', 'Plan', 'why_not', 'plan_photos', 'in_chunks',
+           'synthetic_count', 'plan_synthetic', 'in_order', 'Prepared', 'load_prepared', 'Progress', 'images_end',
+           'write_header', 'check_part', 'start_or_go_on', 'write_images', 'save', 'change_count', 'finish_set',
+           'sha256_of', 'file_sha256', 'check_disk', 'check_settings', 'already_prepared', 'is_free', 'move_into_place',
+           'run_plan', 'say_what_is_missing', 'make_set', 'source_name', 'is_at_hand', 'check_wishes', 'planned',
+           'prepare', 'check_packed', 'bring_back', 'pack', 'packed_manifest', 'compare_sha256', 'unpack', 'from_bytes',
+           'to_bytes', 'gather', 'load_batch']
 
 # %% ../nbs/01_data.ipynb #036eb483
 import csv
+import errno
 import hashlib
 import importlib
 import io
@@ -36,14 +39,16 @@ import re
 import shutil
 import tarfile
 import tempfile
+import threading
 import time
+import unicodedata
 import warnings
 import zipfile
 import zlib
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
@@ -54,7 +59,7 @@ import requests
 import torch
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from requests.exceptions import InvalidURL
 from tqdm.auto import tqdm
 from urllib3.exceptions import HTTPError, ReadTimeoutError
@@ -707,7 +712,7 @@ NOT_A_FILE = r"/(folders|folderview|document|spreadsheets|presentation)\b"
 
 def drive_id(source: str) -> "str | None":
     "The file id in a share link of Google Drive, or the id itself; None if it is something else."
-    if re.fullmatch(r"[-\w]{25,}", source, re.ASCII):
+    if re.fullmatch(r"(1|0B)[-\w]{24,}", source, re.ASCII):                             # other long words are mistyped folders
         return source
     if not re.fullmatch(DRIVE_LINK, source):
         return None
@@ -748,7 +753,7 @@ def link_behind(answer, file_id: str) -> str:
         raise refused from error
 
 # %% ../nbs/01_data.ipynb #930dc37b
-SYNTHETIC = r"synthetic(:[1-9]\d*)?"
+SYNTHETIC = r"synthetic(:[1-9]\d{0,8})?"
 SOURCES = ("photos can come from a folder, a .zip or .tar file, a web address (https://...), a share link of Google Drive or "
            "Yandex Disk, the name 'lhq', or, drawn, from the word 'synthetic'")
 
@@ -815,7 +820,7 @@ def fetch_lhq_kaggle() -> Path:
     try:
         return Path(kagglehub.dataset_download("dimensi0n/lhq-1024"))
     except Exception as error:                                                          # of many kinds: each is reported
-        raise DataError(f"Kaggle did not give LHQ ({error or type(error).__name__}); try again later, or take 'lhq' or "
+        raise DataError(f"Kaggle did not give LHQ ({str(error) or type(error).__name__}); try again later, or take 'lhq' or "
                         "'lhq-huggingface'.") from error
 
 
@@ -837,7 +842,7 @@ def fetch_lhq_huggingface(downloads="downloads", progress: bool = True) -> Path:
     except Exception as error:                                                          # of many kinds: each is reported
         if part.exists():
             part.unlink()
-        raise DataError(f"could not bring LHQ from Hugging Face to '{path}' ({error or type(error).__name__}); see that there is "
+        raise DataError(f"could not bring LHQ from Hugging Face to '{path}' ({str(error) or type(error).__name__}); see that there is "
                         "room, and try again later, or take 'lhq' or 'lhq-kaggle'.") from error
     return path
 
@@ -876,10 +881,27 @@ def fetch(
 
 # %% ../nbs/01_data.ipynb #f7228f3a
 MIN_SIDE = 8                  # pixels; anything smaller is an icon, not a photo
-MAX_FILE_BYTES = 512 * 2**20  # a packed file may unpack to far more than its size: refuse before reading
-MAX_PIXELS = 2**27            # the same for a picture: 134 million pixels take half a gigabyte
+MAX_FILE_BYTES = 256 * 2**20  # a packed file may unpack to far more than its size: refuse before reading
+MAX_PIXELS = 2**26            # the same for a picture: 67 million pixels can take a gigabyte on their way to RGB ...
+ONE_LARGE = threading.Semaphore(1)  # ... so of those above LARGE_PIXELS only one is decoded at a time
+LARGE_PIXELS = 2**24
 Image.init()                  # loads the decoders; not all are welcome: EPS, for one, would run a program
 FORMATS = [kind for kind in ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "JPEG2000", "AVIF") if kind in Image.OPEN]
+
+
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+
+
+def turn_upright(
+    image: Image.Image,  # as it lies in the file
+) -> Image.Image:
+    "Turn a picture as its EXIF orientation says."
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:                                                               # a damaged note is no reason to lose the photo
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def to_rgb(
@@ -918,13 +940,14 @@ def photo_array(
 ) -> np.ndarray:  # uint8 (size,size,3)
     "Decode the first picture of a file, turn it upright, crop it square and shrink it; DataError if it is no photo."
     with Image.open(file, formats=FORMATS) as image:
+        size_in_file = f"{image.width:,} x {image.height:,} pixels"
         image.draft(None, (2 * size, 2 * size))
         if min(image.size) < MIN_SIDE:
             raise DataError(f"smaller than {MIN_SIDE} pixels on a side")
         if image.width * image.height > MAX_PIXELS:
-            raise DataError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}: a decompression bomb?")
-        ImageOps.exif_transpose(image, in_place=True)
-        return square(np.array(to_rgb(image)), size)
+            raise DataError(f"{size_in_file}, more than {MAX_PIXELS:,}: a decompression bomb?")
+        with ONE_LARGE if image.width * image.height > LARGE_PIXELS else nullcontext():
+            return square(np.array(to_rgb(turn_upright(image))), size)
 
 
 def try_photo(
@@ -939,16 +962,24 @@ def try_photo(
         return None, "not an image, or of a kind that Pillow cannot read"
     except DataError as error:
         return None, str(error)
+    except MemoryError:
+        raise
+    except OSError as error:
+        if error.errno not in (None, errno.EACCES, errno.EISDIR, errno.EINVAL):     # not the photo is broken, but the disk or Drive
+            raise
+        return None, f"cannot be read: {error}"
     except Exception as error:                                                      # decoders fail in many ways: each is reported
-        return None, f"cannot be read: {error or type(error).__name__}"
+        return None, f"cannot be read: {str(error) or type(error).__name__}"
 
 # %% ../nbs/01_data.ipynb #442a77c1
 @dataclass(slots=True)
 class Photo:
     "One file of a source that may be a photo."
-    name: str      # path inside the source, with forward slashes, without `..`
-    bytes: int     # unpacked size; -1: a link or something else that is no file
-    place: object  # how the source finds it again
+    name: str           # path inside the source, with forward slashes, without `..`
+    bytes: int          # unpacked size
+    place: object       # how the source finds it again
+    mark: int = 0       # changes with the contents, where the source knows it
+    reason: str = None  # why it cannot be used, where that is plain without a look into it
 
     @property
     def folder(self) -> str:  # "" at the top
@@ -959,9 +990,9 @@ PHOTO_SUFFIXES = {suffix for suffix, kind in Image.EXTENSION.items() if kind in 
 
 
 def clean_name(name: str) -> str:
-    "A name that can be shown and stored anywhere: no drive, no `..`, no stray bytes."
+    "A name that can be shown and stored anywhere: no drive, no `..`, nothing that cannot be printed."
     parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".", "..") and not part.endswith(":")]
-    return "/".join(parts).encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in "/".join(parts))
 
 
 def may_be_photo(name: str) -> bool:
@@ -971,20 +1002,31 @@ def may_be_photo(name: str) -> bool:
 
 
 class FolderSource:
-    "The photos of a folder and of all folders inside it, links to folders included."
+    "The photos of a folder and of all folders inside it, links to folders included; DataError if one cannot be read."
 
     def __init__(self, folder: Path):
-        self.folder, self.photos = folder, []
-        seen = set()                                                                 # a link may lead back to where we were
-        for root, folders, names in os.walk(folder, followlinks=True):
-            seen.add(os.path.realpath(root))
-            folders[:] = [name for name in folders if os.path.realpath(os.path.join(root, name)) not in seen]
-            self.photos += [self.photo(Path(root, name)) for name in names]
-        self.photos = sorted((p for p in self.photos if may_be_photo(p.name)), key=lambda p: (p.name, p.place))
+        self.folder, seen = folder, set()                                            # a link may lead back to where we were
+        try:
+            self.photos = [self.photo(path) for path in self.walk(seen)]
+        except OSError as error:
+            raise DataError(f"'{error.filename}' cannot be read ({error.strerror}); see that the place is there and open to you.") from error
+        self.photos = sorted((photo for photo in self.photos if may_be_photo(photo.name)), key=lambda photo: (photo.name, photo.place))
+
+    def walk(self, seen: set):
+        "Every file below the folder, each real folder once."
+        def stop(error):
+            raise error
+        for root, folders, names in os.walk(self.folder, followlinks=True, onerror=stop):
+            if (real := os.path.realpath(root)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders.sort()
+            yield from (Path(root, name) for name in names)
 
     def photo(self, path: Path) -> Photo:
-        place = path.relative_to(self.folder).as_posix()
-        return Photo(clean_name(place), path.stat().st_size if path.is_file() else -1, place)
+        place, whole = path.relative_to(self.folder).as_posix(), path.is_file()
+        return Photo(clean_name(place), path.stat().st_size if whole else 0, place, reason=None if whole else "no file, or a link that leads nowhere")
 
     def open_each(self, photos):
         for photo in photos:
@@ -1000,15 +1042,21 @@ class ZipSource:
     def __init__(self, file: Path):
         try:
             self.archive = zipfile.ZipFile(file)
-        except (zipfile.BadZipFile, OSError, ValueError) as error:
+        except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
             raise DataError(f"'{file}' is not a whole .zip file ({error}); download or copy it again.") from error
-        members = [m for m in self.archive.infolist() if not m.is_dir()]
-        photos = [Photo(clean_name(m.filename), m.file_size, m) for m in members]
-        self.photos = sorted((p for p in photos if may_be_photo(p.name)), key=lambda p: (p.name, p.place.header_offset))
+        self.photos = [self.photo(member) for member in self.archive.infolist() if not member.is_dir()]
+        self.photos = sorted((p for p in self.photos if may_be_photo(p.name)), key=lambda p: (p.name, p.place.header_offset))
+
+    def photo(self, member: zipfile.ZipInfo) -> Photo:
+        return Photo(clean_name(member.filename), member.file_size, member, member.CRC, "needs a password" if member.flag_bits & 1 else None)
 
     def open_each(self, photos):
         for photo in photos:
-            yield photo, lambda place=photo.place: io.BytesIO(self.archive.read(place))
+            yield photo, partial(self.read, photo.place)
+
+    def read(self, member: zipfile.ZipInfo) -> io.BytesIO:
+        with self.archive.open(member) as file:
+            return io.BytesIO(file.read(member.file_size + 1))                       # not more, whatever the packed bytes hold
 
     def close(self):
         self.archive.close()
@@ -1019,19 +1067,23 @@ class TarSource:
 
     def __init__(self, file: Path):
         self.file = file
-        self.photos = [Photo(clean_name(m.name), m.size if m.isreg() else -1, place)
+        self.photos = [Photo(clean_name(m.name), m.size, place, m.chksum, None if m.isreg() else "a link or a device, no file of its own")
                        for place, (_, m) in enumerate(self.members()) if not m.isdir()]
-        self.photos = [p for p in self.photos if may_be_photo(p.name)]
+        self.photos = [photo for photo in self.photos if may_be_photo(photo.name)]
 
     def members(self):
-        "All members of the archive, each with the open archive."
+        "All members of the archive, each with the open archive; DataError if it does not reach its end."
         try:
             with tarfile.open(self.file) as archive:
                 for member in archive:
                     yield archive, member
                     archive.members = []                                             # tarfile would keep them all
+                archive.fileobj.seek(archive.offset)                                 # it also stops at the first damaged header
+                end = archive.fileobj.read(512)
+                if len(end) < 512 or any(end):                                       # a whole tar ends in zeros
+                    raise tarfile.ReadError("it breaks off or is damaged in the middle")
         except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-            reason = str(error).partition("\n")[0].rstrip(":")                             # the first of several lines
+            reason = str(error).partition("\n")[0].rstrip(":")                       # the first of several lines
             raise DataError(f"'{self.file}' is not a whole .tar file ({reason}); download or copy it again.") from error
 
     def open_each(self, photos):
@@ -1069,10 +1121,10 @@ def csv_labels(
     "A table names the classes; DataError if it cannot be read or knows none of the photos."
     try:
         with open(file, newline="", encoding="utf-8-sig") as lines:
-            table = {clean_name(row[0].strip()): row[1].strip() for row in csv.reader(lines) if len(row) > 1}
+            table = {same_text(clean_name(row[0].strip())): row[1].strip() for row in csv.reader(lines, strict=True) if len(row) > 1}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"labels: '{file}' cannot be read ({error}); give a CSV file with lines such as 'beach.jpg,sea'.") from error
-    found = [next((table[end] for end in endings(photo.name) if end in table), "") for photo in photos]
+    found = [next((table[end] for end in endings(same_text(photo.name)) if end in table), "") for photo in photos]
     if not any(found):
         raise DataError(f"labels: '{file}' names none of the {len(photos):,} photos, such as '{photos[0].name}'; its lines must be 'name,class'.")
     return number_classes(sorted(set(found) - {""}), found)
@@ -1091,6 +1143,11 @@ def label_photos(
 def label_settings(labels: str) -> str:
     "What the manifest says of where the labels came from; of a table, its name and a hash of its contents."
     return labels if labels in ("folders", "none") else f"{Path(labels).name} {file_sha256(labels)[:16]}"
+
+
+def same_text(name: str) -> str:
+    "One spelling of what looks the same: macOS stores an accent beside its letter, tables have them in one."
+    return unicodedata.normalize("NFC", name)
 
 
 def endings(name: str):
@@ -1122,9 +1179,7 @@ class Plan:
 
 def why_not(photo: Photo) -> str | None:
     "The reason to leave a file out without opening it, if there is one."
-    if photo.bytes < 0:
-        return "a link that leads nowhere, or no file at all"
-    return f"larger than {MAX_FILE_BYTES // 2**20} MB" if photo.bytes > MAX_FILE_BYTES else None
+    return photo.reason or (f"larger than {MAX_FILE_BYTES // 2**20} MB" if photo.bytes > MAX_FILE_BYTES else None)
 
 
 def plan_photos(
@@ -1138,15 +1193,15 @@ def plan_photos(
     if not photos:
         raise DataError(f"'{settings['source']}' holds no image files; point to a folder, .zip or .tar with photos such as .jpg or .png in it.")
     classes, numbers = label_photos(photos, labels)
-    keep = np.sort(np.random.default_rng(settings["split_seed"]).permutation(len(photos))[:settings["limit"]])
+    chosen = np.sort(np.random.default_rng(settings["split_seed"]).permutation(len(photos))[:settings["limit"]])
 
     def jobs(start):
-        opening = opened.open_each([photos[i] for i in keep[start:]])
-        for chunk in in_chunks((photo, open_file, label) for (photo, open_file), label in zip(opening, numbers[keep[start:]].tolist())):
+        opening = opened.open_each([photos[i] for i in chosen[start:]])
+        for chunk in in_chunks((photo, open_file, label) for (photo, open_file), label in zip(opening, numbers[chosen[start:]].tolist())):
             yield lambda chunk=chunk: [(photo.name, label, *try_photo(open_file, settings["size"])) for photo, open_file, label in chunk]
 
-    digest = hashlib.sha256("\n".join(f"{photo.name}\t{photo.bytes}" for photo in photos).encode()).hexdigest()
-    return Plan(settings | {"source_id": digest[:16]}, classes, len(keep), skipped, jobs)
+    digest = hashlib.sha256("\n".join(f"{photo.name}\t{photo.bytes}\t{photo.mark}" for photo in photos).encode()).hexdigest()
+    return Plan(settings | {"source_id": digest[:16]}, classes, len(chosen), skipped, jobs)
 
 
 def in_chunks(opened):
@@ -1177,13 +1232,14 @@ def plan_synthetic(
     "Divide drawn landscapes into chunks."
     count, seed = settings["limit"], settings["split_seed"]
     classes = list(CLASSES) if settings["labels"] == "folders" else []
+    chunk = max(1, min(80, 2**20 // settings["size"] ** 2))                             # large pictures take much memory to draw
 
     def draw(start):
-        images, labels = synthetic_landscapes(range(start, min(start + 80, count)), settings["size"], seed)
+        images, labels = synthetic_landscapes(range(start, min(start + chunk, count)), settings["size"], seed)
         return [(f"{start + i:06d}", label if classes else -1, image, None) for i, (image, label) in enumerate(zip(images, labels.tolist()))]
 
     def jobs(start):
-        return (partial(draw, first) for first in range(start, count, 80))
+        return (partial(draw, first) for first in range(start, count, chunk))
 
     return Plan(settings | {"source_id": "1"}, classes, count, [], jobs)
 
@@ -1204,7 +1260,9 @@ def in_order(jobs, workers: int):
         torch.set_num_threads(threads)
 
 # %% ../nbs/01_data.ipynb #add09ec8
+SET_FILES = ("manifest.json", "labels.npy", "images.npy")
 FORMAT_VERSION = 2  # 1 shrank with another filter
+MANIFEST_KEYS = {"source", "source_id", "labels", "size", "limit", "split_seed", "num_images", "num_train", "num_dev", "classes", "sha256", "skipped"}
 
 
 @dataclass
@@ -1249,20 +1307,22 @@ def load_prepared(
         raise DataError(f"'{folder}' holds no prepared photos (no manifest.json); make them with prepare(source, out, size).")
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        version = manifest["format_version"]
-        images = np.load(folder / "images.npy", mmap_mode="r")
-        labels = np.load(folder / "labels.npy")
-        whole = images.shape == (manifest["num_images"], manifest["size"], manifest["size"], 3) and len(labels) == len(images)
+        if (version := manifest["format_version"]) != FORMAT_VERSION:
+            raise DataError(f"'{folder}' has format {version}, this version reads {FORMAT_VERSION}; delete it and prepare again.")
+        images, labels = np.load(folder / "images.npy", mmap_mode="r"), np.load(folder / "labels.npy")
+        whole = MANIFEST_KEYS <= manifest.keys() and len(labels) == len(images)
+        whole &= images.shape == (manifest["num_images"], manifest["size"], manifest["size"], 3)
+    except DataError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise DataError(f"the photos prepared in '{folder}' are damaged ({error}); delete it and prepare again.") from error
-    if version != FORMAT_VERSION:
-        raise DataError(f"'{folder}' has format {version}, this version reads {FORMAT_VERSION}; delete it and prepare again.")
     if not whole:
         raise DataError(f"the files in '{folder}' do not fit its manifest.json; delete the folder and prepare again.")
     return Prepared(folder, images, labels, manifest)
 
 # %% ../nbs/01_data.ipynb #8711c0f8
 SAVE_SECONDS = 2.0
+MAX_SIDE = 4096  # pixels; far above what the networks of this package can learn
 
 
 @dataclass
@@ -1292,25 +1352,32 @@ def write_header(file, count: int, size: int):
     np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
 
 
+def check_part(part: Path):
+    "See that a folder for a set in the making holds nothing but that: it may be deleted."
+    if part.exists() and not (part.is_dir() and {path.name for path in part.iterdir()} <= {*SET_FILES, "progress.jsonl"}):
+        raise DataError(f"'{part}' is in the way and holds something else; move it, or choose another folder to prepare into.")
+
+
 def start_or_go_on(
     part: Path,  # the folder in the making
     plan: Plan,
 ) -> Progress:
-    "What an interrupted run of the same plan left in `part`; whatever else lies there is deleted."
+    "What an interrupted run of the same plan left in `part`; DataError if something else lies there."
     size, progress = plan.settings["size"], Progress()
+    check_part(part)
     try:
         lines = (part / "progress.jsonl").read_text().splitlines()
-        written = (part / "images.npy").stat().st_size
-        same = json.loads(lines[0]) == plan.settings
-    except (OSError, ValueError, IndexError):                                       # nothing was begun, or not even the first line
-        same = False
-    if not same:
+        begun, written = json.loads(lines[0]), (part / "images.npy").stat().st_size
+    except (FileNotFoundError, ValueError, IndexError):                             # nothing was begun, or not even the first line
+        begun = None
+    if begun is None:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         with open(part / "images.npy", "wb") as images:
             write_header(images, plan.count, size)
         (part / "progress.jsonl").write_text(json.dumps(plan.settings) + "\n")
         return progress
+    check_settings(begun, plan.settings, part)
     for number, line in enumerate(lines[1:], 1):
         try:
             note = json.loads(line)
@@ -1424,7 +1491,7 @@ def already_prepared(
     settings: dict,  # what the manifest must say
 ):                   # the set, or None if there is nothing yet
     "The set that lies at `out` if it is the one asked for; an error if it is another one."
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if is_free(out):
         return None
     if not (out / "manifest.json").is_file():
         raise DataError(f"'{out}' exists and holds something else than prepared photos; choose another folder.")
@@ -1435,27 +1502,47 @@ def already_prepared(
     return prepared
 
 
+def is_free(out: Path) -> bool:
+    "Whether nothing lies there, or an empty folder."
+    return not out.exists() or (out.is_dir() and not any(out.iterdir()))
+
+
+def move_into_place(part: Path, out: Path):
+    "Give a whole set its name, in one step."
+    if out.exists():
+        out.rmdir()                                                                    # empty, as seen before
+    os.replace(part, out)
+
+
 def run_plan(plan: Plan, out: Path, progress: bool, workers: int) -> Prepared:
     "Make the set in a folder beside `out` and move it there when it is whole; say what happens."
-    if (prepared := already_prepared(out, plan.settings)) is not None:
-        return prepared
     part = out.with_name(out.name + ".part")
     try:
         with lock_for(out):
+            if (there := already_prepared(out, plan.settings)) is not None:            # made while we waited or listed
+                return there
             make_set(part, plan, progress, workers)
-            if out.exists():
-                out.rmdir()                                                            # empty, as seen above
-            os.replace(part, out)
+            move_into_place(part, out)
             (out / "progress.jsonl").unlink()
     except Timeout:
         raise DataError(f"another process is preparing '{out}' right now; wait for it, or choose another folder.") from None
-    except OSError as error:
-        kept = f"; what is done lies in '{part}', and the same call goes on from there" if part.exists() else ""
-        raise DataError(f"could not write '{out}' ({error.strerror or error}){kept}: make room or choose another folder.") from error
+    except (OSError, MemoryError) as error:
+        kept = f"; what is done is kept in '{part}', and the same call goes on from there" if part.exists() else ""
+        raise DataError(f"could not read or write '{getattr(error, 'filename', None) or out}' ({getattr(error, 'strerror', None) or str(error) or 'out of memory'})"
+                        f"{kept}: see that the place is there, make room, or choose another folder.") from error
     prepared = load_prepared(out)
-    if progress and (skipped := prepared.manifest["skipped"]):
-        print(f"Left out {len(skipped):,} files, such as {skipped[0]['name']} ({skipped[0]['reason']}).")
+    if progress:
+        say_what_is_missing(prepared)
     return prepared
+
+
+def say_what_is_missing(prepared: Prepared):
+    "Name the files that were left out, and photos without a class where others have one."
+    if skipped := prepared.manifest["skipped"]:
+        print(f"Left out {len(skipped):,} files, such as {skipped[0]['name']} ({skipped[0]['reason']}).")
+    unlabelled = int((prepared.labels < 0).sum())
+    if prepared.classes and unlabelled:
+        print(f"{unlabelled:,} of {len(prepared.labels):,} photos have no class.")
 
 
 def make_set(part: Path, plan: Plan, progress: bool, workers: int):
@@ -1465,7 +1552,7 @@ def make_set(part: Path, plan: Plan, progress: bool, workers: int):
     check_disk(part, needed, f"{plan.count:,} images of {size} px")
     so_far = start_or_go_on(part, plan)
     if progress:
-        print(f"Preparing {plan.count:,} images of {size} px from {plan.settings['source']} in '{part.parent}': {needed / 1e6:,.1f} MB on disk"
+        print(f"Preparing {plan.count:,} images of {size} px from {plan.settings['source']} in '{part.parent}': {max(0, needed) / 1e6:,.1f} MB on disk"
               + (f"; {so_far.done:,} are there already." if so_far.done else "."))
     with warnings.catch_warnings(), tqdm(total=plan.count, initial=so_far.done, unit="img", disable=not progress) as bar:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)      # MAX_PIXELS has the say
@@ -1492,6 +1579,29 @@ def is_at_hand(source) -> bool:
     return bool(re.fullmatch(SYNTHETIC, text)) or bool(text) and os.path.exists(os.path.expanduser(text))
 
 
+def check_wishes(source, size: int, limit: int, seed: int, labels) -> dict:
+    "What makes two sets equal, as far as it is known without a look at the photos; DataError if it makes no sense."
+    labels = str(Path(labels).expanduser())
+    if not MIN_SIDE <= size <= MAX_SIDE or seed < 0 or (limit is not None and limit < 1):
+        raise DataError(f"size must be {MIN_SIDE} to {MAX_SIDE}, limit at least 1 and seed at least 0, got size {size}, limit {limit} and seed {seed}.")
+    if labels not in ("folders", "none") and (source_name(source) == "synthetic" or not Path(labels).is_file()):
+        raise DataError(f"labels must be 'folders', 'none' or, for photos, a CSV file with lines 'name,class'; got '{labels}'.")
+    limit = synthetic_count(source, limit) if source_name(source) == "synthetic" else limit
+    return {"format_version": FORMAT_VERSION, "source": source_name(source), "labels": label_settings(labels), "size": int(size),
+            "limit": limit and int(limit), "split_seed": int(seed)}
+
+
+@contextmanager
+def planned(source, settings: dict, labels="folders", downloads="downloads", progress: bool = True):
+    "Fetch and list a source; the plan holds as long as the source is open."
+    photos = fetch(source, downloads, progress=progress)
+    if isinstance(photos, str):
+        yield plan_synthetic(settings)
+    else:
+        with closing(open_source(photos)) as opened:
+            yield plan_photos(opened, str(Path(labels).expanduser()), settings)
+
+
 def prepare(
     source,                 # anything that `fetch` takes
     out,                    # folder to make
@@ -1505,30 +1615,35 @@ def prepare(
     packed=None,            # one file, such as on Drive: copied back if it is there, else written when the set is made
 ) -> Prepared:
     "Turn photos into one array with labels, split and manifest; the same call again goes on. Errors are `DataError`."
-    out, labels, workers = Path(out).expanduser().absolute(), str(labels), workers or os.cpu_count() or 1
-    if size < MIN_SIDE or (limit is not None and limit < 1):
-        raise DataError(f"size must be at least {MIN_SIDE} and limit at least 1, got size {size} and limit {limit}.")
-    if labels not in ("folders", "none") and not Path(labels).is_file():
-        raise DataError(f"labels must be 'folders', 'none' or a CSV file with lines 'name,class'; '{labels}' was not found.")
-    limit = synthetic_count(source, limit) if source_name(source) == "synthetic" else limit
-    settings = {"source": source_name(source), "labels": label_settings(labels), "size": size, "limit": limit, "split_seed": seed}
-    if packed and Path(packed).is_file() and not out.exists():
-        check_settings(packed_manifest(packed), settings, packed)
-        unpack(packed, out, progress)
-    if not is_at_hand(source) and (prepared := already_prepared(out, settings)) is not None:
-        return prepared                                                                # what it was made from need not be there any more
-    photos = fetch(source, downloads, progress=progress)
-    if isinstance(photos, str):
-        prepared = run_plan(plan_synthetic(settings), out, progress, workers)
-    else:
-        with closing(open_source(photos)) as opened:
-            prepared = run_plan(plan_photos(opened, labels, settings), out, progress, workers)
+    out, settings = Path(out).expanduser().resolve(), check_wishes(source, size, limit, seed, labels)
+    packed = packed and check_packed(Path(packed).expanduser().resolve(), out, settings)
+    prepared = None
+    if not is_at_hand(source):                                                         # it need not be: the set may be here, or packed
+        prepared = already_prepared(out, settings) or bring_back(packed, out, settings, progress)
+    if prepared is None:
+        with planned(source, settings, labels, downloads, progress) as plan:
+            prepared = already_prepared(out, plan.settings) or bring_back(packed, out, plan.settings, progress)
+            prepared = prepared or run_plan(plan, out, progress, max(1, workers or os.cpu_count() or 1))
     if packed:
         pack(prepared, packed, progress)
     return prepared
 
 # %% ../nbs/01_data.ipynb #04dca2b9
-SET_FILES = ("manifest.json", "labels.npy", "images.npy")
+def check_packed(file: Path, out: Path, settings: dict) -> Path:
+    "See, before the work, that a packed set is or can be at `file`."
+    if file.is_dir() or file == out:
+        raise DataError(f"'{file}' is a folder; the packed set needs the name of a file, such as '{file / 'photos.tar'}'.")
+    if file.exists():
+        check_settings(packed_manifest(file), settings, file)
+    return file
+
+
+def bring_back(file, out: Path, settings: dict, progress: bool):
+    "Copy a packed set back if there is one and it is the one asked for; else None."
+    if not file or not file.exists():
+        return None
+    check_settings(packed_manifest(file), settings, file)
+    return unpack(file, out, progress)
 
 
 def pack(
@@ -1539,7 +1654,7 @@ def pack(
     "Write a set into one file and read it back; a file that holds this set already is left alone."
     file = Path(file).expanduser().absolute()
     if file.exists():
-        if packed_manifest(file) != prepared.manifest:
+        if packed_manifest(file) | {"seconds": 0} != prepared.manifest | {"seconds": 0}:
             raise DataError(f"'{file}' holds another set; choose another name or delete it.")
         return file
     part = file.with_name(file.name + ".part")
@@ -1567,9 +1682,14 @@ def packed_manifest(file: Path) -> dict:
     try:
         with tarfile.open(file) as archive:
             manifest = json.load(archive.extractfile("manifest.json"))
-            return manifest | {key: manifest[key] for key in ("sha256", "num_images", "size")}            # KeyError if not there
+            if not MANIFEST_KEYS <= manifest.keys():
+                raise ValueError("its manifest.json lacks what a set needs")
+            if manifest["format_version"] != FORMAT_VERSION:
+                raise ValueError(f"it has format {manifest['format_version']}, this version reads {FORMAT_VERSION}")
+            return manifest
     except (OSError, tarfile.TarError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"'{file}' holds no prepared photos ({error}); delete it and prepare again.") from error
+        reason = str(error).partition("\n")[0].rstrip(":")
+        raise DataError(f"'{file}' is no packed set of photos that can be read ({reason}); choose another name.") from error
 
 
 def compare_sha256(copy, manifest: dict, file, target=None):
@@ -1589,10 +1709,11 @@ def unpack(
     progress: bool = True,  # say what happens
 ) -> Prepared:
     "Copy a packed set back into a folder, and verify it."
-    file, out = Path(file).expanduser(), Path(out).expanduser().absolute()
-    manifest, part = packed_manifest(file), out.with_name(out.name + ".part")
-    if (there := already_prepared(out, manifest)) is not None:
+    file, out = Path(file).expanduser(), Path(out).expanduser().resolve()
+    manifest, part = packed_manifest(file), out.with_name(out.name + ".copy")
+    if (there := already_prepared(out, {key: manifest[key] for key in ("source_id", "size", "limit", "split_seed", "labels")})) is not None:
         return there
+    check_part(part)
     try:
         check_disk(out, file.stat().st_size, f"the {manifest['num_images']:,} images of '{file}'")
         if progress:
@@ -1603,9 +1724,7 @@ def unpack(
             compare_sha256(archive.extractfile("images.npy"), manifest, file, images)
             for name in ("labels.npy", "manifest.json"):
                 (part / name).write_bytes(archive.extractfile(name).read())
-        if out.exists():
-            out.rmdir()                                                                # empty, as seen above
-        os.replace(part, out)
+        move_into_place(part, out)
     except (OSError, tarfile.TarError, KeyError) as error:
         raise DataError(f"could not copy '{file}' to '{out}' ({getattr(error, 'strerror', None) or error}); make room or prepare again.") from error
     finally:

@@ -144,7 +144,7 @@ def test_fresh_deletes_nothing_but_runs_of_this_package(tmp_path):
     refused(*run("synthetic:50", tmp_path / "website", "--fresh"), keep=tmp_path, says=["website"])
 
 
-@pytest.mark.parametrize("words", [["nowhere"], ["synthetic:50", "--preset", "lhq129"]], ids=["source", "preset"])
+@pytest.mark.parametrize("words", [["nowhere"], ["synthetic:50", "--preset", "lhq129"], ["synthetic:50", "--labels", "tabel.csv"]], ids=["source", "preset", "labels"])
 def test_fresh_with_a_mistake_elsewhere_deletes_nothing(whole_run, tmp_path, words):
     folder = shutil.copytree(whole_run, tmp_path / "run")
     refused("run", *words, "--run", folder, "--fresh", keep=folder, says=[words[-1]])

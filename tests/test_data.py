@@ -99,6 +99,18 @@ def test_an_archive_cut_in_half(wrapped, tmp_path, suffix):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("damage", ["a header in the middle", "cut between two files", "cut inside a header"])
+def test_a_damaged_tar_is_not_taken_for_a_short_one(wrapped, tmp_path, damage):
+    with tarfile.open(wrapped / "photos.tar") as archive:
+        offset = archive.getmembers()[7].offset
+    content = bytearray((wrapped / "photos.tar").read_bytes())
+    content[offset + 150] ^= 0xFF
+    cut = {"a header in the middle": len(content), "cut between two files": offset, "cut inside a header": offset + 200}[damage]
+    (tmp_path / "damaged.tar").write_bytes(content[:cut])
+    with pytest.raises(DataError, match="damaged.tar' is not a whole .tar file"):
+        made(tmp_path / "damaged.tar", tmp_path / "out")
+
+
 def test_a_text_that_calls_itself_an_archive(tmp_path):
     for name in ("photos.zip", "photos.tar", "photos.tar.gz"):
         (tmp_path / name).write_text("no archive")
@@ -133,8 +145,35 @@ def test_links_of_a_folder_are_followed_once(tmp_path):
     os.symlink(tmp_path / "real", tmp_path / "set" / "linked")
     os.symlink(tmp_path / "set", tmp_path / "set" / "loop")
     os.symlink(tmp_path / "nowhere.jpg", tmp_path / "set" / "dead.jpg")
+    os.mkfifo(tmp_path / "set" / "pipe.jpg")
     prepared = made(tmp_path / "set", tmp_path / "out")
-    assert len(prepared.images) == 4 and list(reasons(prepared)) == ["dead.jpg"]
+    assert len(prepared.images) == 4 and set(reasons(prepared)) == {"dead.jpg", "pipe.jpg"}
+
+
+def test_two_folders_that_link_to_each_other_are_listed_alike_in_any_order(tmp_path):
+    listed = []
+    for first, second in ("ab", "ba"):
+        root = tmp_path / first
+        for name in (first, second):
+            write_photos(root / name, 2, by_class=False)
+        os.symlink(root / "b", root / "a" / "l")
+        os.symlink(root / "a", root / "b" / "l")
+        listed.append([photo.name for photo in data.FolderSource(root).photos])
+    assert listed[0] == listed[1] and len(listed[0]) == 4
+
+
+def test_a_folder_that_cannot_be_listed_stops_the_work(tmp_path, monkeypatch):
+    write_photos(tmp_path / "set", 10, by_class=True)
+    scan = os.scandir
+
+    def fails(path):
+        if str(path).endswith("sea"):
+            raise OSError(5, "Input/output error", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", fails)
+    with pytest.raises(DataError, match="sea' cannot be read .Input/output error"):
+        made(tmp_path / "set", tmp_path / "out")
 
 
 # Pictures of every kind
@@ -224,6 +263,17 @@ def test_photos_are_turned_upright(orientation):
     assert (data.photo_array(io.BytesIO(file.getvalue()), 64) == upright).all()
 
 
+def test_a_damaged_exif_note_does_not_cost_the_photo():
+    "The orientation is well, but the width is a text: Pillow cannot write such a note back."
+    entries = struct.pack("<HHHII", 2, 0x0100, 2, 4, 0x65646977) + struct.pack("<HHII", 0x0112, 3, 1, 6)
+    note, file = b"Exif\0\0II*\0\x08\0\0\0" + entries + bytes(4), io.BytesIO()
+    upright = synthetic_landscapes([0], 64)[0][0]
+    Image.fromarray(np.ascontiguousarray(np.rot90(upright))).save(file, "JPEG", quality=98, exif=note)
+    assert np.abs(data.photo_array(io.BytesIO(file.getvalue()), 64).astype(int) - upright).mean() < 3
+    broken = file.getvalue().replace(b"II*\0", b"\xff\xff\xff\xff", 1)
+    assert data.try_photo(lambda: io.BytesIO(broken), 32)[1] is None
+
+
 def test_large_jpegs_are_shrunk_while_they_are_decoded(monkeypatch):
     large = synthetic_landscapes([7], 1024)[0][0]
     file = jpeg(7, 1024)
@@ -260,7 +310,10 @@ def test_labels_from_folders_a_table_or_none(wrapped, tmp_path):
     (tmp_path / "labels.csv").write_text("other.jpg,sea\n")
     with pytest.raises(DataError, match="names none of the 21 photos"):
         made(wrapped / "photos.zip", tmp_path / "new", labels=tmp_path / "labels.csv")
-    with pytest.raises(DataError, match="'magic' was not found"):
+    (tmp_path / "quote.csv").write_text('00.jpg,"sea\n01.jpg,lake\n')
+    with pytest.raises(DataError, match="quote.csv' cannot be read"):
+        made(wrapped / "photos.zip", tmp_path / "new", labels=tmp_path / "quote.csv")
+    with pytest.raises(DataError, match="labels must be .*magic"):
         made(wrapped / "photos.zip", tmp_path / "new", labels="magic")
     (tmp_path / "labels.csv").write_bytes(b"\xff\xfe\x00\x01,\x00")
     with pytest.raises(DataError, match="cannot be read|names none"):
@@ -302,7 +355,7 @@ def test_kill_9_at_ten_random_moments(many, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["set"]
 
 
-@pytest.mark.parametrize("damage", ["torn line", "images cut", "first line", "no notes", "other settings", "images longer"])
+@pytest.mark.parametrize("damage", ["torn line", "images cut", "first line", "no notes", "images longer"])
 def test_whatever_a_dead_machine_left_the_set_is_right(many, tmp_path, monkeypatch, damage):
     zip_file, whole = many
     monkeypatch.setattr(data, "SAVE_SECONDS", 0)
@@ -316,7 +369,7 @@ def test_whatever_a_dead_machine_left_the_set_is_right(many, tmp_path, monkeypat
 
     monkeypatch.setattr(data, "in_order", unplugged)
     with pytest.raises(KeyboardInterrupt):
-        made(zip_file, out, limit=1500 if damage == "other settings" else None)
+        made(zip_file, out)
     monkeypatch.setattr(data, "in_order", runner)
     notes, images = part / "progress.jsonl", part / "images.npy"
     lines = notes.read_text().splitlines()
@@ -332,6 +385,48 @@ def test_whatever_a_dead_machine_left_the_set_is_right(many, tmp_path, monkeypat
     if damage == "images longer":
         images.write_bytes(images.read_bytes() + b"x" * 100_000)
     assert same(made(zip_file, out), whole) and reasons(load_prepared(out)) == reasons(whole)
+
+
+def test_unfinished_work_of_other_settings_or_another_owner_is_not_touched(many, tmp_path, monkeypatch):
+    def unplugged(jobs, workers):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data, "in_order", unplugged)
+        made(many[0], tmp_path / "set")
+    before = contents(tmp_path)
+    for options in ({"size": 16}, {"limit": 9}, {"seed": 1}, {"labels": "none"}):
+        with pytest.raises(DataError, match="set.part' already holds photos prepared with other settings"):
+            made(many[0], tmp_path / "set", **options)
+    monkeypatch.setattr(data, "FORMAT_VERSION", 3)
+    with pytest.raises(DataError, match="format_version 2, not 3"):
+        made(many[0], tmp_path / "set")
+    assert contents(tmp_path) == before
+    (tmp_path / "mine.part").mkdir()
+    (tmp_path / "mine.part" / "diary.txt").write_text("dear diary")
+    with pytest.raises(DataError, match="mine.part' is in the way"):
+        made(many[0], tmp_path / "mine")
+    assert (tmp_path / "mine.part" / "diary.txt").exists()
+
+
+def test_a_disk_that_fails_stops_the_work_and_loses_nothing(many, tmp_path, monkeypatch):
+    "Drive goes away in the middle: its photos must not be left out for good."
+    broken, calls = data.photo_array, []
+
+    def unmounted(file, size):
+        calls.append(1)
+        if len(calls) > 500:
+            raise OSError(107, "Transport endpoint is not connected")
+        return broken(file, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "photo_array", unmounted)
+        with pytest.raises(DataError, match="Transport endpoint is not connected.*kept in .*set.part.*same call goes on"):
+            made(many[0], tmp_path / "set")
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "photo_array", lambda *_: (_ for _ in ()).throw(MemoryError()))
+        with pytest.raises(DataError, match="out of memory"):
+            made(many[0], tmp_path / "set")
+    assert same(made(many[0], tmp_path / "set"), many[1]) and reasons(load_prepared(tmp_path / "set")) == reasons(many[1])
 
 
 @pytest.mark.parametrize("moment", ["before it is named", "just after"])
@@ -378,7 +473,7 @@ def test_an_output_folder_that_cannot_be_written(many, tmp_path):
         locked.write_text("a file")
     else:
         locked.chmod(0o500)
-    with pytest.raises(DataError, match="could not write .*choose another folder"):
+    with pytest.raises(DataError, match="write .*choose another folder"):
         made(many[0], locked / "set")
 
 
@@ -419,6 +514,45 @@ def test_packed_and_back(many, tmp_path):
     assert packed.stat().st_mtime_ns == stamp and same(unpack(packed, tmp_path / "third"), first)
 
 
+def test_the_next_day(many, tmp_path, monkeypatch):
+    "An empty folder, a home folder's short name, a set made twice, a source that has grown, a name that is taken."
+    monkeypatch.setenv("HOME", str(tmp_path))
+    made(many[0], tmp_path / "set", packed="~/set.tar")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(data, "run_plan", None)                                         # nothing may be prepared anew
+    assert same(made(many[0], tmp_path / "empty", packed="~/set.tar"), many[1])
+    os.symlink(tmp_path / "disk", tmp_path / "link")
+    (tmp_path / "disk").mkdir()
+    assert same(made(many[0], tmp_path / "link", packed="~/set.tar"), many[1]) and (tmp_path / "link").is_symlink()
+    monkeypatch.undo()
+    made(many[0], tmp_path / "twice", packed=tmp_path / "set.tar")
+    shutil.copy(many[0], tmp_path / "photos.zip")
+    with zipfile.ZipFile(tmp_path / "photos.zip", "a") as archive:
+        archive.writestr("sea/new.jpg", jpeg(3))
+    with pytest.raises(DataError, match="set.tar' already holds .*files of the source were others"):
+        made(tmp_path / "photos.zip", tmp_path / "grown", packed=tmp_path / "set.tar")
+    assert not (tmp_path / "grown").exists()
+    with pytest.raises(DataError, match="is a folder; the packed set needs the name of a file"):
+        made(many[0], tmp_path / "new", packed=tmp_path)
+    (tmp_path / "thesis.txt").write_text("ten years of work")
+    with pytest.raises(DataError, match="thesis.txt' is no packed set .*choose another name"):
+        made(many[0], tmp_path / "new", packed=tmp_path / "thesis.txt")
+    assert not (tmp_path / "new").exists()
+
+
+def test_files_of_the_same_size_with_other_contents_are_other_files(tmp_path):
+    for k, name in enumerate(("one.zip", "two.zip")):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            for j in range(3):
+                file = io.BytesIO()
+                Image.fromarray(synthetic_landscapes([10 * k + j], 16)[0][0]).save(file, "BMP")
+                archive.writestr(f"{j}.bmp", file.getvalue())
+    made(tmp_path / "one.zip", tmp_path / "set")
+    os.replace(tmp_path / "two.zip", tmp_path / "one.zip")
+    with pytest.raises(DataError, match="the files of the source were others"):
+        made(tmp_path / "one.zip", tmp_path / "set")
+
+
 def test_a_packed_file_that_is_damaged(many, tmp_path):
     packed = pack(many[1], tmp_path / "set.tar", progress=False)
     content = bytearray(packed.read_bytes())
@@ -426,7 +560,7 @@ def test_a_packed_file_that_is_damaged(many, tmp_path):
     cases = {"flipped": bytes(content), "half": packed.read_bytes()[:len(content) // 2], "text": b"no archive", "empty": b""}
     for name, damaged in cases.items():
         (tmp_path / name).write_bytes(damaged)
-        with pytest.raises(DataError, match="damaged|could not copy|no prepared photos"):
+        with pytest.raises(DataError, match="damaged|could not copy|no packed set"):
             unpack(tmp_path / name, tmp_path / "out", progress=False)
         assert not (tmp_path / "out").exists() and not (tmp_path / "out.part").exists()
 
