@@ -887,8 +887,6 @@ ONE_LARGE = threading.Semaphore(1)  # ... so of those above LARGE_PIXELS only on
 LARGE_PIXELS = 2**24
 Image.init()                  # loads the decoders; not all are welcome: EPS, for one, would run a program
 FORMATS = [kind for kind in ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "JPEG2000", "AVIF") if kind in Image.OPEN]
-
-
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
          6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 
@@ -919,7 +917,7 @@ def to_rgb(
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
-
+# %% ../nbs/01_data.ipynb #9947e02e
 def square(
     pixels: np.ndarray,  # uint8 (H,W,3)
     size: int,           # pixels per side
