@@ -1596,6 +1596,8 @@ def planned(source, settings: dict, labels="folders", downloads="downloads", pro
     if isinstance(photos, str):
         yield plan_synthetic(settings)
     else:
+        if progress and photos.is_file() and archive_kind(photos) == "tar":
+            print(f"Reading '{photos}' from front to back to list it.")
         with closing(open_source(photos)) as opened:
             yield plan_photos(opened, str(Path(labels).expanduser()), settings)
 
