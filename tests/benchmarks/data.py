@@ -88,7 +88,7 @@ def large(file):
         print(f"    mean difference to the full decode {np.mean([np.abs(q.astype(int) - full[k]).mean() for q, k in zip(quick, order)]):.2f} of 255 (wanted < 1.5)")
 
 
-MEASURE = """if True:
+MEASURE = r"""if True:
     import re, sys
     from pathlib import Path
     import numpy as np
