@@ -1003,17 +1003,18 @@ class FolderSource:
     "The photos of a folder and of all folders inside it, links to folders included; DataError if one cannot be read."
 
     def __init__(self, folder: Path):
-        self.folder, seen = folder, set()                                            # a link may lead back to where we were
+        self.folder = folder
         try:
-            self.photos = [self.photo(path) for path in self.walk(seen)]
+            self.photos = [self.photo(path) for path in self.walk()]
         except OSError as error:
             raise DataError(f"'{error.filename}' cannot be read ({error.strerror}); see that the place is there and open to you.") from error
         self.photos = sorted((photo for photo in self.photos if may_be_photo(photo.name)), key=lambda photo: (photo.name, photo.place))
 
-    def walk(self, seen: set):
-        "Every file below the folder, each real folder once."
+    def walk(self):
+        "Every file below the folder, each real folder once: a link may lead back to where we were."
         def stop(error):
             raise error
+        seen = set()
         for root, folders, names in os.walk(self.folder, followlinks=True, onerror=stop):
             if (real := os.path.realpath(root)) in seen:
                 folders.clear()
@@ -1168,7 +1169,7 @@ JOB_PHOTOS, JOB_BYTES = 16, 4 * 2**20  # a job ends when it has so many photos, 
 @dataclass
 class Plan:
     "What is going to be prepared."
-    settings: dict   # what makes two sets equal: source, source_id, labels, size, limit, split_seed
+    settings: dict   # what makes two sets equal: format_version, source, source_id, labels, size, limit, split_seed
     classes: list    # names, or empty
     count: int       # images that will be made if none is broken
     skipped: list    # {name, reason} of what is left out without a look into it
@@ -1444,7 +1445,7 @@ def finish_set(
     count = len(progress.labels)
     np.save(part / "labels.npy", np.array(progress.labels, np.int16))
     num_dev = min(count - 1, max(1, count // 10))
-    manifest = {"format_version": FORMAT_VERSION, **plan.settings, "num_images": count, "num_train": count - num_dev, "num_dev": num_dev,
+    manifest = {**plan.settings, "num_images": count, "num_train": count - num_dev, "num_dev": num_dev,
                 "classes": plan.classes, "sha256": sha256, "skipped": plan.skipped + progress.skipped, "seconds": round(progress.seconds, 1)}
     (part / "manifest.json").write_text(json.dumps(manifest, indent=1))
 

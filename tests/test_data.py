@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SIZE, contents, type_in, write_photos
-from image_diffusion import data
+from conftest import MAIN, SIZE, contents, type_in, write_photos
+from image_diffusion import cli, data
 from image_diffusion.data import CLASSES, DataError, load_prepared, pack, prepare, synthetic_landscapes, unpack
 from PIL import Image
 
@@ -176,6 +176,20 @@ def test_a_folder_that_cannot_be_listed_stops_the_work(tmp_path, monkeypatch):
         made(tmp_path / "set", tmp_path / "out")
 
 
+def test_zips_that_cannot_be_opened(tmp_path):
+    with zipfile.ZipFile(tmp_path / "new.zip", "w") as archive:
+        for k in range(3):
+            archive.writestr(f"{k}.jpg", jpeg(k))
+    content, directory = (tmp_path / "new.zip").read_bytes(), b"PK\x01\x02"
+    (tmp_path / "future.zip").write_bytes(content.replace(directory + content[content.index(directory) + 4:][:4], directory + b"\x63\0\x63\0"))
+    with pytest.raises(DataError, match="future.zip' is not a whole .zip file .*version"):
+        made(tmp_path / "future.zip", tmp_path / "out")
+    secret = bytearray(content)
+    secret[content.index(directory) + 8] |= 1                                          # the flag that asks for a password
+    (tmp_path / "secret.zip").write_bytes(secret)
+    assert reasons(made(tmp_path / "secret.zip", tmp_path / "out")) == {"0.jpg": "needs a password"}
+
+
 # Pictures of every kind
 
 def png_header(width, height, depth=8, colour=2):
@@ -295,6 +309,42 @@ def test_names_in_other_scripts(tmp_path):
     result = type_in("prepare", tmp_path / "set", "--out", tmp_path / "typed", "--size", SIZE)
     assert result.exit_code == 0 and "1 skipped" in result.output, result.output
     assert json.loads((tmp_path / "typed" / "manifest.json").read_text())["skipped"][0]["name"].startswith("forest/")
+
+
+def test_a_name_that_the_terminal_cannot_show(tmp_path):
+    write_photos(tmp_path / "set", 3, by_class=False)
+    (tmp_path / "set" / "фото.jpg").write_text("no photo")
+    words = [*MAIN, "prepare", tmp_path / "set", "--out", tmp_path / "out", "--size", SIZE]
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and "1 skipped" in done.stdout and "Traceback" not in done.stderr, done.stdout + done.stderr
+
+
+def test_a_picture_large_enough_to_wait_its_turn(tmp_path):
+    (tmp_path / "set").mkdir()
+    for k in range(2):
+        Image.new("L", (4200, 4200), 90 * k).save(tmp_path / "set" / f"{k}.png")
+    assert made(tmp_path / "set", tmp_path / "out").images.mean((1, 2, 3)).tolist() == [0, 90]
+
+
+# Wishes
+
+@pytest.mark.parametrize("wish", [{"size": 0}, {"size": 10**6}, {"seed": -1}, {"limit": 0}, {"labels": __file__ + ".csv"}])
+def test_wishes_that_make_no_sense(tmp_path, wish):
+    with pytest.raises(DataError, match="must be"):
+        made("synthetic:10", tmp_path / "out", **wish)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_drawn_landscapes_bring_their_own_classes(tmp_path):
+    (tmp_path / "labels.csv").write_text("000000,sea\n")
+    with pytest.raises(DataError, match="for photos, a CSV"):
+        made("synthetic:10", tmp_path / "out", labels=tmp_path / "labels.csv")
+    assert (made("synthetic:10", tmp_path / "none", labels="none").labels == -1).all()
+
+
+def test_a_long_word_is_a_mistyped_folder_and_no_file_of_google_drive():
+    with pytest.raises(DataError, match="my_landscape_photos_2019_norway' was not found"):
+        data.fetch("my_landscape_photos_2019_norway")
 
 
 # Labels
@@ -565,7 +615,45 @@ def test_a_packed_file_that_is_damaged(many, tmp_path):
         assert not (tmp_path / "out").exists() and not (tmp_path / "out.part").exists()
 
 
+def test_a_place_that_fills_up_while_packing(many, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="could not pack .*No space left.*make room"):
+        patch.setattr(data.os, "replace", full)
+        pack(many[1], tmp_path / "set.tar", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_in_colab_keeps_its_set_on_the_machine_and_one_file_on_drive(tmp_path, monkeypatch):
+    class Prepared(Exception):
+        "Far enough."
+
+    def stop(*_):
+        raise Prepared
+
+    drive, content = tmp_path / "drive", tmp_path / "content"
+    monkeypatch.setattr("image_diffusion.runs.in_colab", lambda: True)
+    monkeypatch.setattr(cli, "train_both_stages", stop)
+    for day in (1, 2):
+        content.mkdir()
+        monkeypatch.chdir(content)
+        with pytest.raises(Prepared):
+            cli.run("synthetic:40", drive / "first", "tiny", 0.01)
+        assert (content / "data" / "first" / "images.npy").exists() and (drive / "first" / "data.tar").exists()
+        assert not (drive / "first" / "data").exists()
+        monkeypatch.chdir(tmp_path)
+        shutil.rmtree(content)
+        monkeypatch.setattr(data, "run_plan", None)                                     # on the next day nothing is prepared anew
+
+
 # Batches
+
+def test_a_set_that_is_cut_off_while_it_is_read(tmp_path):
+    images = made("synthetic:40", tmp_path / "set").images
+    os.truncate(tmp_path / "set" / "images.npy", 20_000)
+    with pytest.raises(DataError, match="was cut off while it was in use"):
+        data.load_batch(images, range(40))
+
 
 def test_batches_leave_no_memory_behind(tmp_path):
     "Reading all rows of a set adds less than a tenth of it to the memory of the process."
