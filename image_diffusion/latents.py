@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'LatentScale', 'ChannelStats', 'autoencoder_sha256', 'latents_key', 'ArrayWriter', 'encode_all',
-           'cache_latents', 'LatentDataset', 'load_latents']
+           'cache_latents', 'LatentDataset', 'load_latents', 'latent_strip', 'show_latents']
 
 # %% ../nbs/11_latents.ipynb #3590ab68
 import os
@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from .autoencoder import Autoencoder
 from .data import Prepared, file_sha256, load_batch
+from .plots import Picture, show_images
 from .runs import RunError, newest_snapshot, read_json, write_json
 
 # %% ../nbs/11_latents.ipynb #098d41fe
@@ -212,3 +213,36 @@ def load_latents(
     except (OSError, ValueError) as error:
         raise RunError(f"The latents in {folder} are damaged ({error}): delete that folder to encode the photos again.") from error
     return LatentDataset(**arrays, labels=data.labels, facts=facts, train=data.train, dev=data.dev)
+
+# %% ../nbs/11_latents.ipynb #5a79ac84
+@torch.no_grad()
+def latent_strip(
+    autoencoder: Autoencoder,  # in eval mode
+    x: torch.Tensor,           # (B,3,H,W) photos, on its device
+    sigmas: tuple,             # noise levels, in standard deviations of each channel over `x`
+    seed: int,                 # of the noise; the same noise at each level, only larger
+    channels: int,             # at most so many are shown
+) -> torch.Tensor:
+    "Per photo T pictures (B,T,3,H,W): the photo, its channels in grey, and what the latent decodes to under noise."
+    z = autoencoder.latent(autoencoder.encode(x))[0].float()                    # (B,C,h,w)
+    mean, std = z.mean((0, 2, 3), keepdim=True), z.std((0, 2, 3), keepdim=True)             # (1,C,1,1)
+    grey = ((z - mean) / (2 * std)).clamp(-1, 1)[:, :channels]                  # two standard deviations from grey to black or white
+    grey = grey.repeat_interleave(autoencoder.factor, -1).repeat_interleave(autoencoder.factor, -2)      # (B,c,H,W)
+    eps = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).to(z)
+    decoded = [autoencoder.decode_latent(z + sigma * std * eps).float() for sigma in sigmas]
+    return torch.stack([x.float(), *grey[:, :, None].expand(-1, -1, 3, -1, -1).unbind(1), *decoded], dim=1).cpu()
+
+
+def show_latents(
+    autoencoders: dict,      # name -> Autoencoder in eval mode, all on one device
+    x: torch.Tensor,         # (B,3,H,W) photos on that device; per autoencoder one row each
+    sigmas: tuple = (0.0, 0.2, 0.5, 1.0),  # noise levels, in standard deviations of each channel
+    seed: int = 0,           # of the noise
+    channels: int = 3,       # at most so many channels are shown
+) -> Picture:
+    "Show what latents look like, and what is left of the photo when they are noised and decoded."
+    channels = min(channels, *(autoencoder.bottleneck.z_channels for autoencoder in autoencoders.values()))
+    strips = [latent_strip(autoencoder, x, sigmas, seed, channels) for autoencoder in autoencoders.values()]
+    titles = ["photo", *(f"latent {i + 1}" for i in range(channels)), *(f"noise {sigma:g}" if sigma else "decoded" for sigma in sigmas)]
+    names = [name for name in autoencoders for _ in x]
+    return show_images(torch.cat(strips).flatten(0, 1), nrow=len(titles), row_labels=names, col_labels=titles)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['image_bytes', 'image_grid', 'Picture', 'figure_png', 'framed', 'show_images', 'show_rows', 'show_pairs', 'show_strip',
-           'save_png', 'smoothed', 'draw_curves', 'plot_curves', 'plot_metrics', 'plot_histogram']
+           'save_png', 'smoothed', 'draw_curves', 'plot_curves', 'plot_metrics', 'plot_runs', 'plot_histogram']
 
 # %% ../nbs/00_plots.ipynb #4a5acdcb
 import io
@@ -217,6 +217,23 @@ def plot_metrics(
         draw_curves(ax, records, [keys] if isinstance(keys, str) else keys, x, smooth, title=title)
     for ax in axes[len(groups):]:
         ax.set_axis_off()
+    return fig
+
+
+def plot_runs(
+    runs: dict,            # name -> its records; one row of panels each
+    groups: dict,          # panel title -> values to draw in it
+    x: str = "step",       # which value runs along the bottom
+    smooth: float = 0.9,   # weight of the past in the thick line
+) -> Picture:
+    "Plot several runs under each other, on the same scales; a panel that no run has values for is left out."
+    groups = {title: keys for title, keys in groups.items() if any(r.get(key) is not None for rs in runs.values() for r in rs for key in keys)}
+    fig = Picture(figsize=(3.6 * max(len(groups), 1), 2.6 * len(runs)), dpi=100, layout="constrained")
+    axes = fig.subplots(len(runs), max(len(groups), 1), squeeze=False, sharex="col", sharey="col")
+    for row, (name, records) in zip(axes, runs.items()):
+        row[0].set_ylabel(name)
+        for ax, (title, keys) in zip(row, groups.items()):
+            draw_curves(ax, records, keys, x, smooth, title=title if row is axes[0] else None)
     return fig
 
 

@@ -19,7 +19,7 @@ from .plots import save_png
 from .runs import Run, RunError
 from .sampling import SAMPLERS, SamplingError, guided, log_snr_sigmas, sample_noise
 from .train_autoencoder import find_preset, load_autoencoder
-from .training import Budget, Precision, Stage, batch_indices, fit, learning_rate, make_ema, optimizer_step, seed_step
+from .training import Budget, Precision, Stage, batch_indices, fit, make_ema, optimizer_step, seed_step
 from .unet import UNet, UNetConfig
 
 # %% ../nbs/15_train_diffusion.ipynb #06aacf35
@@ -29,6 +29,7 @@ class DiffusionRecipe:
     model: UNetConfig
     batch_size: int = 128
     lr: float = 2e-4
+    final_lr: float = 0.02        # share of the peak that is left at the end
     warmup_steps: int = 1000
     steps: int = 40_000           # the budget where no minutes are given: about 5M images at batch 128
     label_dropout: float = 0.1    # share of images shown without their class, so that guidance has something to push away from
@@ -98,15 +99,16 @@ class DiffusionStage(Stage):
     def train_step(self, step: int, progress: float) -> dict:
         "One optimizer step."
         recipe, device = self.recipe, self.precision.device
-        seed_step(recipe.seed, step)
-        lr = self.optimizer.param_groups[0]["lr"] = learning_rate(step, progress, recipe.lr, recipe.warmup_steps)
+        self.seed_step(step)
+        lr = self.optimizer.param_groups[0]["lr"] = self.learning_rate(step, progress)
         rows = self.latents.train[batch_indices(recipe.seed, step, len(self.latents.train), recipe.batch_size).numpy()]
         z, labels = self.batch(rows, torch.rand(len(rows)) < 0.5)
         labels = drop_labels(labels, torch.rand(len(rows), device=device), recipe.label_dropout)
         sigma = cosine_sigmas(stratified_u(len(rows), device=device)[torch.randperm(len(rows), device=device)], SIGMA_MIN, SIGMA_MAX)
         loss = self.loss(self.denoiser, z, sigma, labels).mean()
         metrics = optimizer_step(loss, self.optimizer, self.scaler, recipe.grad_clip)
-        self.ema.update_parameters(self.denoiser)
+        if not metrics["skipped"]:
+            self.ema.update_parameters(self.denoiser)
         return {"loss": loss.detach()} | metrics | {"lr": lr}
 
     @torch.no_grad()

@@ -13,7 +13,8 @@ from image_diffusion.runs import Run
 from PIL import Image
 
 HEADINGS = ["Landscapes that did not exist before", "Metrics", "Reconstructions", "Codebook use", "Samples as training went on",
-            "Training of autoencoder-kl", "Training of autoencoder-vq", "Training of prior", "Settings"]
+            "Training of autoencoder-kl", "Health of autoencoder-kl", "Training of autoencoder-vq", "Health of autoencoder-vq",
+            "Training of prior", "Settings"]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,131 @@
+"""Which autoencoder is better after the same minutes on the same photos?
+
+    python tests/benchmarks/stage1.py photos.zip --minutes 45 kl original diffusers
+
+Each contestant is trained for the same minutes from the same seed, one after the other or, with `--side-by-side`, all at once with a
+core each, and measured on the held-out photos: PSNR, SSIM, FD-lite0 of the reconstructions, codes used. `--list` names the contestants.
+"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from image_diffusion.autoencoder import count_parameters, make_autoencoder
+from image_diffusion.bottleneck import GaussianBottleneck
+from image_diffusion.data import load_prepared, prepare, to_bytes
+from image_diffusion.fid import Lite0Features, collect_stats, frechet_distance, in_batches
+from image_diffusion.perceptual import FeatureDistance, load_lite0
+from image_diffusion.plots import save_png
+from image_diffusion.train_autoencoder import PRESETS, AutoencoderStage
+from image_diffusion.training import Budget, Precision, make_ema, training_loop
+
+KL, VQ, SEED = PRESETS["photos64-kl"], PRESETS["photos64-vq"], PRESETS["original-kl"]
+PIXELS = dict(perceptual_weight=0.0, disc=replace(KL.disc, weight=0.0))      # no judge but L1 and MSE
+
+
+def seed_recipe(z_channels=KL.model.z_channels):
+    "The first attempt's network, channels 1:2:3, at 64 px and with about the parameters of photos64; its losses, lr and batch."
+    model = replace(SEED.model, ch=32, num_groups=8, z_channels=z_channels)
+    wanted = count_parameters(make_autoencoder(KL.model))
+    model = min((replace(model, ch=ch) for ch in range(16, 129, 8)), key=lambda m: abs(count_parameters(make_autoencoder(m)) - wanted))
+    return replace(SEED, model=model, size=KL.size, kl_weight=5e-6 * z_channels * (KL.size // 4) ** 2)
+
+
+class Theirs(nn.Module):
+    "diffusers' AutoencoderKL behind the methods that a stage calls."
+    def __init__(self, channels):
+        super().__init__()
+        from diffusers import AutoencoderKL
+        levels = len(channels)
+        self.net = AutoencoderKL(3, 3, ("DownEncoderBlock2D",) * levels, ("UpDecoderBlock2D",) * levels, channels, 2, "silu",
+                                 KL.model.z_channels, norm_num_groups=16)
+        self.bottleneck = GaussianBottleneck(KL.model.z_channels)
+
+    @property
+    def last_layer(self):
+        return self.net.decoder.conv_out.weight
+
+    def encode(self, x): return self.net.quant_conv(self.net.encoder(x))
+    def decode(self, z): return self.net.decoder(self.net.post_quant_conv(z))
+    def latent(self, h): return self.bottleneck.latent(h)
+    def decode_latent(self, z): return self.decode(z)
+
+
+class TheirStage(AutoencoderStage):
+    "Our losses and steps around diffusers' network."
+    channels = None
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        torch.manual_seed(self.recipe.seed)
+        self.model = self.precision.place(Theirs(self.channels)).train()
+        self.ema = make_ema(self.model, self.recipe.ema_decay)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.recipe.lr, betas=(0.9, 0.99), weight_decay=0.0)
+
+
+def theirs(*channels):
+    return type("TheirStage", (TheirStage,), {"channels": channels})
+
+
+CONTESTANTS = {   # name -> (recipe, stage)
+    "kl": (KL, AutoencoderStage), "vq": (VQ, AutoencoderStage), "original": (seed_recipe(), AutoencoderStage),
+    "kl-pixels": (replace(KL, **PIXELS), AutoencoderStage), "vq-pixels": (replace(VQ, **PIXELS), AutoencoderStage),
+    **{f"diffusers-{ch}": (KL, theirs(ch, 2 * ch, 4 * ch)) for ch in (16, 32, 64)},
+    **{f"diffusers-{ch}-pixels": (replace(KL, **PIXELS), theirs(ch, 2 * ch, 4 * ch)) for ch in (16, 32, 64)},
+    **{f"diffusers-{ch}-pixels-lr{lr}": (replace(KL, **PIXELS, lr=lr), theirs(ch, 2 * ch, 4 * ch)) for ch in (16, 32, 64) for lr in (5e-4, 1e-3)},
+}
+
+
+def measure(stage, data):
+    "PSNR, SSIM, codes, and the Frechet distance of dev reconstructions to the dev photos."
+    numbers, features, images = stage.evaluate(), Lite0Features(), []
+    for rows in torch.as_tensor(data.dev).split(64):
+        images.append(to_bytes(stage.reconstruct(rows.numpy())[1]).numpy())
+    reference = collect_stats(in_batches(data.images, data.dev), features)
+    return numbers | {"rFD-lite0": frechet_distance(collect_stats(images, features), reference)}
+
+
+def train(name, data, minutes, out):
+    "Train one contestant, draw its dev reconstructions, and print its numbers as a line of JSON."
+    recipe, stage_class = CONTESTANTS[name]
+    perceptual = FeatureDistance(load_lite0()) if recipe.perceptual_weight else None
+    stage = stage_class(data, recipe, Precision.pick(), perceptual, "lite0" if perceptual else None)
+    for tick in training_loop(stage, Budget(minutes=minutes)):
+        pass
+    out.mkdir(parents=True, exist_ok=True)
+    stage.sample(out / f"{name}.png")
+    torch.save(stage.state_dict(), out / f"{name}.pt")
+    facts = {"name": name, "parameters": count_parameters(stage.model), "minutes": minutes, "threads": torch.get_num_threads(), "seed": recipe.seed,
+             "precision": str(stage.precision.dtype), "steps": tick.step, "images": tick.step * recipe.batch_size, "lr": recipe.lr}
+    print(json.dumps(facts | {key: round(value, 4) for key, value in measure(stage, data).items()}), flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", nargs="?", help="photos: anything that `image_diffusion prepare` takes")
+    parser.add_argument("names", nargs="*", help="contestants")
+    parser.add_argument("--minutes", type=float, default=45)
+    parser.add_argument("--side-by-side", action="store_true", help="all at once, one core each")
+    parser.add_argument("--out", type=Path, default=Path("runs/stage1"), help="prepared photos, pictures and weights")
+    parser.add_argument("--list", action="store_true")
+    args = parser.parse_args()
+    if args.list or not args.names or set(args.names) - set(CONTESTANTS):
+        sys.exit("contestants: " + ", ".join(CONTESTANTS))
+    folder = args.out / f"data{KL.size}"
+    data = load_prepared(folder) if folder.exists() else prepare(args.source, folder, KL.size)
+    if args.side_by_side:
+        command = [sys.executable, __file__, args.source, "--minutes", str(args.minutes), "--out", str(args.out)]
+        running = [subprocess.Popen([*command, name], env=os.environ | {"OMP_NUM_THREADS": "1"}) for name in args.names]
+        sys.exit(max(process.wait() for process in running))
+    for name in args.names:
+        train(name, data, args.minutes, args.out)
+
+
+if __name__ == "__main__":
+    main()
