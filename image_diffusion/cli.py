@@ -6,7 +6,7 @@
 __all__ = ['AUTOENCODER_SHARE', 'FINISH_SHARE', 'FINISH_MINUTES', 'ABOVE_0', 'RUNS', 'prior_minutes', 'planned_minutes',
            'train_both_stages', 'draw_and_measure', 'run', 'data_places', 'start_over', 'user_errors', 'Commands',
            'run_option', 'source_options', 'under_root', 'main', 'demo', 'run_command', 'prepare', 'training_options',
-           'train_autoencoder', 'train_diffusion', 'generate', 'evaluate', 'doctor', 'figure']
+           'train_autoencoder', 'train_diffusion', 'generate', 'evaluate', 'plan', 'doctor', 'figure']
 
 # %% ../nbs/17_cli.ipynb #acd8d9c9
 import sys
@@ -340,6 +340,14 @@ def evaluate(folder, data, n, guidance, steps, sampler, seed):
         click.echo(json.dumps(record))
 
 
+@main.command()
+@click.option("--preset", default="lhq128-kl", help="A preset of either stage, or a family such as lhq128 or photos64.")
+def plan(preset):
+    "Say what a preset will cost before training it: parameters, GMACs, memory and hours, with the assumptions behind them."
+    from image_diffusion.generate import plans
+    click.echo("\n".join(plans(preset)))
+
+
 RUNS = click.option("--run", "folders", required=True, multiple=True, type=click.Path(path_type=Path), help="Run folder; may be given several times.")
 
 
@@ -347,7 +355,7 @@ RUNS = click.option("--run", "folders", required=True, multiple=True, type=click
 @RUNS
 @click.option("--out", type=click.Path(path_type=Path), help="PNG to write.  [default: doctor.png in the first run's folder]")
 def doctor(folders, out):
-    "Say in words what is odd about training runs, finished or not, and draw what the words rest on."
+    "Say what is odd about runs, and draw why. A run of either stage will do, finished or not."
     from image_diffusion.generate import see_doctor
     sentences, path = see_doctor(folders, out)
     for name in sentences:
@@ -363,7 +371,7 @@ def doctor(folders, out):
               "do not publish photos of others.  [default: synthetic landscapes]")
 @click.option("--seed", default=0, type=click.IntRange(min=0), help="Seed of the synthetic landscapes.")
 def figure(name, folders, out, data, seed):
-    """Draw a figure from runs of autoencoders, KL, VQ or both.
+    """Draw a figure from runs of autoencoders. KL, VQ, or both: give --run twice.
 
     \b
     trends    losses, gradient norms, discriminator, KL or perplexity over the steps

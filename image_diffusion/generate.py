@@ -6,9 +6,9 @@
 __all__ = ['MEASURED', 'PANELS', 'ORIGINALS', 'FIRST_ORIGINAL', 'FIGURES', 'Prior', 'load_prior', 'class_labels', 'decode',
            'generate', 'class_grid', 'slerp', 'interpolate', 'picture_distances', 'labels_of', 'evaluate_prior',
            'evaluate_autoencoder', 'show_reconstructions', 'code_pictures', 'count_codes', 'draw_codebook',
-           'show_codebook', 'panels_png', 'curve_section', 'findings', 'doctor_section', 'reconstruction_section',
-           'codebook_section', 'progress_section', 'metric_rows', 'build_report', 'name_runs', 'records_of',
-           'see_doctor', 'write_figure', 'load_all', 'with_codebook', 'originals', 'make_figure']
+           'show_codebook', 'plans', 'panels_png', 'curve_section', 'findings', 'doctor_section',
+           'reconstruction_section', 'codebook_section', 'progress_section', 'metric_rows', 'build_report', 'name_runs',
+           'records_of', 'see_doctor', 'write_figure', 'load_all', 'with_codebook', 'originals', 'make_figure']
 
 # %% ../nbs/16_generate.ipynb #98b0b573
 import json
@@ -29,8 +29,10 @@ from .latents import LatentScale, autoencoder_sha256, show_latents
 from .plots import Picture, figure_png, image_grid, plot_metrics, show_images, show_rows
 from .runs import Run, RunError, Section, load_snapshot, read_metrics, write_report, write_verified
 from .sampling import sample_noise
-from .train_autoencoder import TRENDS, load_autoencoder, plot_trends
-from .train_diffusion import sample_latents
+from .train_autoencoder import PRESETS as AUTOENCODERS
+from .train_autoencoder import TRENDS, find_preset, load_autoencoder, plan_autoencoder, plot_trends
+from .train_diffusion import PRESETS as PRIORS
+from .train_diffusion import plan_diffusion, sample_latents
 from .training import DOCTOR_PANELS, Precision, diagnose, plot_doctor
 from .unet import UNet, UNetConfig
 
@@ -309,6 +311,15 @@ def show_codebook(
     for axes, (name, autoencoder) in zip(fig.subplots(len(autoencoders), 2, squeeze=False), autoencoders.items()):
         draw_codebook(axes, name, autoencoder, count_codes(autoencoder, images))
     return fig
+
+# %% ../nbs/16_generate.ipynb #f791b5ea
+def plans(
+    name: str,  # of a preset of either stage, or of a family of them
+) -> list:
+    "The plans of all presets of a name. RunError if there is none."
+    texts = [plan_autoencoder(preset) for preset in AUTOENCODERS if name in (preset, preset.rpartition("-")[0])]
+    texts += [plan_diffusion(name)] if name in PRIORS else []
+    return texts or find_preset(name, AUTOENCODERS | PRIORS)
 
 # %% ../nbs/16_generate.ipynb #2dca5392
 PANELS = {

@@ -184,7 +184,7 @@ def draw_curves(ax, records, keys, x="step", smooth=0.9, log=False, title=None):
     if ax.get_legend_handles_labels()[0]:
         ax.legend(frameon=False, fontsize=9)
     else:
-        ax.text(0.5, 0.5, "nothing recorded yet", transform=ax.transAxes, ha="center", color="gray")
+        ax.text(0.5, 0.5, "not recorded", transform=ax.transAxes, ha="center", color="gray")
 
 # %% ../nbs/00_plots.ipynb #42a34475
 def plot_curves(
@@ -225,15 +225,18 @@ def plot_runs(
     groups: dict,          # panel title -> values to draw in it
     x: str = "step",       # which value runs along the bottom
     smooth: float = 0.9,   # weight of the past in the thick line
+    columns: int = 3,      # panels side by side
 ) -> Picture:
-    "Plot several runs under each other, on the same scales; a panel that no run has values for is left out."
-    groups = {title: keys for title, keys in groups.items() if any(r.get(key) is not None for rs in runs.values() for r in rs for key in keys)}
-    fig = Picture(figsize=(3.6 * max(len(groups), 1), 2.6 * len(runs)), dpi=100, layout="constrained")
-    axes = fig.subplots(len(runs), max(len(groups), 1), squeeze=False, sharex="col", sharey="col")
-    for row, (name, records) in zip(axes, runs.items()):
-        row[0].set_ylabel(name)
-        for ax, (title, keys) in zip(row, groups.items()):
-            draw_curves(ax, records, keys, x, smooth, title=title if row is axes[0] else None)
+    "Plot several runs under each other, each panel on one scale; a panel that no run has values for is left out."
+    groups = [(title, keys) for title, keys in groups.items() if any(r.get(key) is not None for rs in runs.values() for r in rs for key in keys)]
+    columns = min(columns, max(len(groups), 1))
+    rows, axes = max(1, -(-len(groups) // columns)) * len(runs), {}
+    fig = Picture(figsize=(4.2 * columns, 2.4 * rows), dpi=100, layout="constrained")
+    for i, (title, keys) in enumerate(groups):
+        for j, (name, records) in enumerate(runs.items()):
+            place = (i // columns * len(runs) + j) * columns + i % columns + 1
+            axes[i, j] = fig.add_subplot(rows, columns, place, sharex=axes.get((i, 0)), sharey=axes.get((i, 0)))
+            draw_curves(axes[i, j], records, keys, x, smooth, title=title if len(runs) == 1 else f"{name}: {title}")
     return fig
 
 

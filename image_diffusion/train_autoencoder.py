@@ -5,26 +5,28 @@
 # %% auto #0
 __all__ = ['LHQ', 'LHQ_FAST', 'LHQ_F8', 'SEED', 'PHOTOS', 'TINY', 'PRESETS', 'R1_EVERY', 'PLACING_BATCHES', 'TRENDS',
            'DiscriminatorRecipe', 'AutoencoderRecipe', 'find_preset', 'reconstruction_losses', 'AutoencoderStage',
-           'plot_trends', 'train_autoencoder', 'check_data', 'load_autoencoder']
+           'plot_trends', 'train_autoencoder', 'check_data', 'load_autoencoder', 'autoencoder_step_cost',
+           'plan_autoencoder']
 
 # %% ../nbs/10_train_autoencoder.ipynb #57580852
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
-from .autoencoder import Autoencoder, AutoencoderConfig, make_autoencoder
+from .autoencoder import Autoencoder, AutoencoderConfig, count_macs, count_parameters, make_autoencoder
 from .bottleneck import CodebookUsage, code_counts
 from .data import Prepared, load_batch
 from .discriminator import (GAN_LOSSES, LeCAM, PatchDiscriminator, adaptive_weight, d_accuracy, image_gradient, layer_gradient,
                                            logit_gap, r1_penalty, ramp)
 from .fid import psnr, ssim
-from .perceptual import perceptual_at_hand
+from .perceptual import LPIPS, perceptual_at_hand
 from .plots import Picture, plot_runs, save_png
 from .runs import Run, RunError, load_snapshot
 from .training import (CHECK_EVERY, Budget, Precision, Stage, batch_indices, fit, largest_activation, make_ema,
-                                      optimizer_step)
+                                      optimizer_step, plan_lines, step_cost)
 
 # %% ../nbs/10_train_autoencoder.ipynb #955bbe75
 @dataclass(frozen=True)
@@ -64,9 +66,9 @@ class AutoencoderRecipe:
     seed: int = 0
 
 
-LHQ = AutoencoderConfig(ch=64, ch_mult=(1, 6), enc_blocks=3, dec_blocks=6, patch=2)         # f = 4; 36.9M weights, 44.6 GMAC an image
-LHQ_FAST = replace(LHQ, ch_mult=(1, 4), enc_blocks=2, dec_blocks=4)                          # 13.9M, 15.3 GMAC
-LHQ_F8 = replace(LHQ, z_channels=12, ch_mult=(1, 4, 6), enc_blocks=2, dec_blocks=3)          # f = 8: a quarter of the positions, four times the channels
+LHQ = AutoencoderConfig(ch=64, ch_mult=(1, 6), enc_blocks=(1, 3), dec_blocks=(2, 6), patch=2)              # f = 4; 36.5M weights, 44.4 GMAC an image
+LHQ_FAST = AutoencoderConfig(ch=32, ch_mult=(2, 7), enc_blocks=(1, 2), dec_blocks=(2, 3), patch=2)         # f = 4; 9.1M, 12.7 GMAC
+LHQ_F8 = AutoencoderConfig(z_channels=12, ch=64, ch_mult=(1, 4, 6), enc_blocks=2, dec_blocks=(2, 4, 4), patch=2)   # as many latent values at 16x16; 37.6M, 20.1 GMAC
 SEED = AutoencoderConfig(ch=128, ch_mult=(1, 2, 3), enc_blocks=(2, 2, 0), dec_blocks=2, mid_blocks=2, early=True)    # the first attempt: 36.3M, 103.6 GMAC
 PHOTOS = AutoencoderConfig(z_channels=4, ch=48, ch_mult=(1, 2), enc_blocks=1, dec_blocks=2, patch=2, num_groups=16)
 TINY = AutoencoderConfig(ch=48, ch_mult=(1,), enc_blocks=1, dec_blocks=2, patch=2, num_groups=16)    # f = 2: 8x8 latents of 32 px images lose every edge
@@ -362,5 +364,40 @@ def load_autoencoder(
     if "model" not in config or "bottleneck" not in config["model"]:
         raise RunError(f"{folder} is not the run of an autoencoder: give the folder that train-autoencoder wrote.")
     autoencoder = make_autoencoder(AutoencoderConfig(**config["model"]))
-    autoencoder.load_state_dict(tensors)
+    try:
+        autoencoder.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise RunError(f"The snapshot in {folder} does not fit its own config ({str(error).splitlines()[-1].strip()}): "
+                       "it was made by another version of this package; train it again.") from error
     return autoencoder.to(device).eval().requires_grad_(False)
+
+# %% ../nbs/10_train_autoencoder.ipynb #47d98dd2
+def autoencoder_step_cost(
+    recipe: AutoencoderRecipe,
+    precision: Precision,        # of the training that is planned, on a CPU; for fp16 give bf16, which is as long and needs no scaler
+    perceptual=None,             # the network of the perceptual loss
+) -> dict:
+    "Bytes by purpose and multiply-adds of a training step with everything switched on (`step_cost`)."
+    data = SimpleNamespace(train=range(100 * recipe.batch_size))            # only its length matters
+    stage = AutoencoderStage(data, recipe, precision, perceptual)
+    stage.batch = lambda step: torch.zeros(recipe.batch_size, 3, recipe.size, recipe.size)
+    return step_cost(stage, lambda: stage.train_step(1, progress=1.0))
+
+
+def plan_autoencoder(
+    preset: str,                 # a key of `PRESETS`
+) -> str:
+    "What a preset will cost: parameters, GMACs, memory and hours (of a T4 from 128 px on, else of a CPU), with the assumptions."
+    recipe = find_preset(preset, PRESETS)
+    on_gpu, model = recipe.size >= 128, make_autoencoder(recipe.model).eval()
+    perceptual, judge = (LPIPS(), "LPIPS") if on_gpu else perceptual_at_hand()
+    if not recipe.perceptual_weight or perceptual is None:
+        perceptual, judge = None, "no perceptual loss"
+    cost = autoencoder_step_cost(recipe, Precision("cpu", torch.bfloat16) if on_gpu else Precision.pick(), perceptual)
+    whole, encoder, decoder = (count_parameters(part) / 1e6 for part in (model, model.encoder, model.decoder))
+    macs = count_macs(model.reconstruct, (1, 3, recipe.size, recipe.size)) / 1e9
+    return "\n  ".join([
+        f"{preset}: autoencoder, {recipe.size} px, f = {recipe.model.factor}, bottleneck {recipe.model.bottleneck} of {recipe.model.z_channels} channels",
+        f"weights   {whole:.1f} M, of which encoder {encoder:.1f}, decoder {decoder:.1f}",
+        f"compute   {macs:.1f} GMAC per image forward; {cost['macs'] / recipe.batch_size / 1e9:.1f} per image of a training step ({judge}, discriminator on)",
+        *plan_lines(cost, recipe.batch_size, recipe.steps, on_gpu)])

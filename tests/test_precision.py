@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from image_diffusion import training
 from image_diffusion.autoencoder import make_autoencoder
 from image_diffusion.latents import LatentDataset
 from image_diffusion.train_autoencoder import PRESETS as AUTOENCODERS
@@ -24,11 +25,14 @@ def test_on_a_gpu_the_capability_decides(monkeypatch, card, capability, dtype):
     assert Precision.pick() == Precision("cuda", dtype)
 
 
-@pytest.mark.parametrize("able, dtype", [({}, torch.float32), ({"avx512_bf16": False, "amx_bf16": False}, torch.float32),
-                                         ({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16)])
-def test_on_a_cpu_its_instructions_decide(monkeypatch, able, dtype):
+@pytest.mark.parametrize("able, bf16_takes, dtype", [
+    ({}, 0.1, torch.float32), ({"avx512_bf16": False, "amx_bf16": False}, 0.1, torch.float32), ({"avx512_bf16": True}, 0.5, torch.bfloat16),
+    ({"amx_bf16": True}, 0.5, torch.bfloat16), ({"avx512_bf16": True}, 1.4, torch.float32)])
+def test_on_a_cpu_its_instructions_and_their_speed_decide(monkeypatch, able, bf16_takes, dtype):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    monkeypatch.setattr(training, "convolution_seconds", lambda dtype: bf16_takes if dtype == torch.bfloat16 else 1.0)
+    monkeypatch.setattr(training, "faster_in_bf16", training.faster_in_bf16.__wrapped__)       # not what was measured before
     assert Precision.pick() == Precision("cpu", dtype)
 
 

@@ -21,7 +21,6 @@ from image_diffusion.bottleneck import GaussianBottleneck
 from image_diffusion.data import load_prepared, prepare, to_bytes
 from image_diffusion.fid import Lite0Features, collect_stats, frechet_distance, in_batches
 from image_diffusion.perceptual import FeatureDistance, load_lite0
-from image_diffusion.plots import save_png
 from image_diffusion.train_autoencoder import PRESETS, AutoencoderStage
 from image_diffusion.training import Budget, Precision, make_ema, training_loop
 
