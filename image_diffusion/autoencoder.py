@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BOTTLENECKS', 'AutoencoderError', 'AutoencoderConfig', 'middle', 'make_levels', 'per_level', 'Encoder', 'Decoder',
-           'count_parameters', 'count_macs', 'Autoencoder', 'make_autoencoder', 'diffusers_state_dict', 'is_classic',
-           'diffusers_name']
+           'count_parameters', 'count_macs', 'LinearPath', 'Autoencoder', 'make_autoencoder', 'diffusers_state_dict',
+           'is_classic', 'diffusers_name']
 
 # %% ../nbs/04_autoencoder.ipynb #48bf0e34
 from dataclasses import dataclass
@@ -36,6 +36,7 @@ class AutoencoderConfig:
     patch: int = 1               # side of the pixel square that is one position; 1 = the classic network
     mid_attn: bool = True        # attention at the lowest resolution
     mid_blocks: int = 1          # residual blocks on each side of that attention
+    linear: bool = False         # principal components beside the networks
     early: bool = False          # a level already has the width of the next one on the way, as in the first attempt
     num_groups: int = 32         # groups of all norms; must divide every width
     codebook_size: int = 1024    # vq: number of codes
@@ -178,6 +179,40 @@ def count_macs(
         forward(*(torch.zeros(shape, device=device) for shape in shapes))
     return counter.get_total_flops() // 2
 
+# %% ../nbs/04_autoencoder.ipynb #388fc3cc
+class LinearPath(nn.Module):
+    "A linear autoencoder of squares of pixels; `place` makes it the best one, principal components (Baldi & Hornik 1989)."
+    def __init__(
+        self,
+        factor,      # side of a square, pixels
+        h_channels,  # channels to the bottleneck; those beyond `z_channels` get nothing from here
+        z_channels,  # channels of the latent
+        in_ch=3,     # channels of the image
+    ):
+        super().__init__()
+        self.factor, self.z_channels = factor, z_channels
+        self.down = nn.Conv2d(in_ch, h_channels, factor, stride=factor)
+        self.up = nn.ConvTranspose2d(z_channels, in_ch, factor, stride=factor)
+
+    @torch.no_grad()
+    def place(
+        self,
+        x,       # (B, in_ch, H, W): images to learn from
+        whiten,  # every component at standard deviation 1; else all are scaled alike, so that distances stay those of pixels
+    ):
+        "Set both convolutions by principal components; a latent then has standard deviation 1 (over all channels, without `whiten`)."
+        squares = F.pixel_unshuffle(x.float(), self.factor).movedim(1, -1).flatten(0, 2).double()        # (N, in_ch*factor**2)
+        mean = squares.mean(0)
+        values, vectors = torch.linalg.eigh((squares - mean).T @ (squares - mean) / len(squares))        # ascending
+        std = values.flip(0)[:self.z_channels].clamp(min=1e-8).sqrt()                                    # (C,)
+        axes = vectors.flip(1)[:, :self.z_channels].T.reshape(self.z_channels, x.shape[1], self.factor, self.factor)
+        scale = (std if whiten else std.square().mean().sqrt().expand_as(std))[:, None, None, None]
+        for parameter in self.parameters(): parameter.zero_()
+        self.down.weight[:self.z_channels] = axes / scale
+        self.down.bias[:self.z_channels] = -((axes / scale).flatten(1) @ mean)
+        self.up.weight.copy_(axes * scale)
+        self.up.bias.copy_(mean.reshape(x.shape[1], -1).mean(1))
+
 # %% ../nbs/04_autoencoder.ipynb #b09ffd71
 class Autoencoder(nn.Module):
     "Encoder, bottleneck and decoder, with 1x1 convolutions before and after the bottleneck."
@@ -186,11 +221,28 @@ class Autoencoder(nn.Module):
         encoder,     # x (B, 3, H, W) -> (B, bottleneck.h_channels, H/factor, W/factor)
         bottleneck,  # h -> z, loss, info
         decoder,     # z (B, bottleneck.z_channels, H/factor, W/factor) -> (B, 3, H, W)
+        linear=None, # a `LinearPath` beside encoder and decoder, which then begin by adding nothing
     ):
         super().__init__()
-        self.encoder, self.bottleneck, self.decoder = encoder, bottleneck, decoder
+        self.encoder, self.bottleneck, self.decoder, self.linear = encoder, bottleneck, decoder, linear
         self.quant_conv = nn.Conv2d(bottleneck.h_channels, bottleneck.h_channels, 1)
         self.post_quant_conv = nn.Conv2d(bottleneck.z_channels, bottleneck.z_channels, 1)
+        if linear:
+            for conv in (encoder.conv_out, decoder.conv_out): nn.init.zeros_(conv.weight); nn.init.zeros_(conv.bias)
+            nn.init.zeros_(self.quant_conv.bias)
+
+    @torch.no_grad()
+    def place(
+        self,
+        x,  # (B, 3, H, W): the first training images
+    ):
+        "Before the first step: principal components for the linear path, then k-means for the codes, where there are any."
+        gaussian = isinstance(self.bottleneck, GaussianBottleneck)
+        if self.linear:
+            self.linear.place(x, whiten=gaussian)
+            if gaussian: self.linear.down.bias[self.bottleneck.z_channels:] = -4.    # log-variances: a posterior much narrower than the latents
+        if hasattr(self.bottleneck, "place"):
+            self.bottleneck.place(torch.cat([self.encode(part) for part in x.split(32)]))
 
     @property
     def factor(self):
@@ -209,14 +261,16 @@ class Autoencoder(nn.Module):
         "What the bottleneck gets."
         if x.shape[-1] % self.factor or x.shape[-2] % self.factor:
             raise AutoencoderError(f"Images of {x.shape[-2]}x{x.shape[-1]} do not fit: sides must be multiples of {self.factor}.")
-        return self.quant_conv(self.encoder(x))
+        h = self.quant_conv(self.encoder(x))
+        return h + self.linear.down(x) if self.linear else h
 
     def decode(
         self,
         z,  # (B, z_channels, h, w), as it leaves the bottleneck
     ):  # x_rec (B, 3, h*factor, w*factor), not clamped
         "The image of a latent."
-        return self.decoder(self.post_quant_conv(z))
+        x_rec = self.decoder(self.post_quant_conv(z))
+        return x_rec + self.linear.up(z) if self.linear else x_rec
 
     def forward(
         self,
@@ -265,7 +319,9 @@ def make_autoencoder(
     bottleneck = BOTTLENECKS[config.bottleneck](config)
     shared = config.patch, config.mid_attn, config.num_groups, config.in_ch, config.mid_blocks, config.early
     encoder = Encoder(config.widths, bottleneck.h_channels, config.enc_blocks, *shared)
-    return Autoencoder(encoder, bottleneck, Decoder(config.widths, bottleneck.z_channels, config.dec_blocks, *shared))
+    decoder = Decoder(config.widths, bottleneck.z_channels, config.dec_blocks, *shared)
+    linear = LinearPath(config.factor, bottleneck.h_channels, bottleneck.z_channels, config.in_ch) if config.linear else None
+    return Autoencoder(encoder, bottleneck, decoder, linear)
 
 # %% ../nbs/04_autoencoder.ipynb #5ccebe11
 def diffusers_state_dict(
@@ -287,10 +343,10 @@ def diffusers_state_dict(
 def is_classic(
     autoencoder,  # an `Autoencoder`
 ):  # bool
-    "Does the network have the topology of `diffusers`: all levels alike, one block on each side of the attention, widths not `early`?"
+    "Does the network have the topology of `diffusers`: all levels alike, one block on each side of the attention, widths not `early`, nothing beside?"
     parts = autoencoder.encoder, autoencoder.decoder
     blocks = [{sum(isinstance(block, ResBlock) for block in level) for level in part.levels} for part in parts]
-    return all(len(part.mid) == 3 and not part.early for part in parts) and all(len(numbers) == 1 for numbers in blocks)
+    return not autoencoder.linear and all(len(part.mid) == 3 and not part.early for part in parts) and all(len(numbers) == 1 for numbers in blocks)
 
 def diffusers_name(
     key,   # name of a weight inside our encoder or decoder

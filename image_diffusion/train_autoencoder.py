@@ -68,9 +68,9 @@ class AutoencoderRecipe:
 
 LHQ = AutoencoderConfig(ch=64, ch_mult=(1, 6), enc_blocks=(1, 3), dec_blocks=(2, 6), patch=2)              # f = 4; 36.5M weights, 44.4 GMAC an image
 LHQ_FAST = AutoencoderConfig(ch=32, ch_mult=(2, 7), enc_blocks=(1, 2), dec_blocks=(2, 3), patch=2)         # f = 4; 9.1M, 12.7 GMAC
-LHQ_F8 = AutoencoderConfig(z_channels=12, ch=64, ch_mult=(1, 4, 6), enc_blocks=2, dec_blocks=(2, 4, 4), patch=2)   # as many latent values at 16x16; 37.6M, 20.1 GMAC
+LHQ_F8 = AutoencoderConfig(z_channels=12, ch=64, ch_mult=(1, 4, 6), enc_blocks=2, dec_blocks=(2, 4, 4), patch=2, linear=True)   # as many latent values at 16x16; 37.6M, 20.1 GMAC
 SEED = AutoencoderConfig(ch=128, ch_mult=(1, 2, 3), enc_blocks=(2, 2, 0), dec_blocks=2, mid_blocks=2, early=True)    # the first attempt: 36.3M, 103.6 GMAC
-PHOTOS = AutoencoderConfig(z_channels=4, ch=48, ch_mult=(1, 2), enc_blocks=1, dec_blocks=2, patch=2, num_groups=16)
+PHOTOS = AutoencoderConfig(z_channels=4, ch=48, ch_mult=(1, 2), enc_blocks=1, dec_blocks=2, patch=2, num_groups=16, linear=True)
 TINY = AutoencoderConfig(ch=48, ch_mult=(1,), enc_blocks=1, dec_blocks=2, patch=2, num_groups=16)    # f = 2: 8x8 latents of 32 px images lose every edge
 
 
@@ -85,7 +85,7 @@ _seed = dict(disc=DiscriminatorRecipe(loss="bce", weight=0.1, adaptive=False, st
              warmup_steps=1, steps=24_000, mse_weight=1.0, kl_weight=5e-6 * 3 * 32 * 32, grad_clip=1.0, ema_decay=0.0)
 PRESETS = {
     **_kl_and_vq("tiny", AutoencoderRecipe(TINY, size=32, steps=2_000, perceptual_weight=0.0, **_cpu), codebook_size=256),
-    **_kl_and_vq("photos64", AutoencoderRecipe(PHOTOS, size=64, steps=10_000, perceptual_weight=0.5, **_cpu)),
+    **_kl_and_vq("photos64", AutoencoderRecipe(PHOTOS, size=64, steps=10_000, perceptual_weight=0.5, **_cpu | {"lr": 1e-3})),
     **_kl_and_vq("lhq128", AutoencoderRecipe(LHQ, size=128)),
     **_kl_and_vq("lhq128-fast", AutoencoderRecipe(LHQ_FAST, size=128, steps=16_000)),
     **_kl_and_vq("lhq128-f8", AutoencoderRecipe(LHQ_F8, size=128)),
@@ -116,7 +116,7 @@ def reconstruction_losses(
 
 # %% ../nbs/10_train_autoencoder.ipynb #25910ff3
 R1_EVERY = 16           # steps between two R1 penalties, each weighted by as much (Karras et al. 2020)
-PLACING_BATCHES = 8     # from which k-means places the codes
+PLACING_BATCHES = 8     # from which principal components and codes are taken
 
 
 class AutoencoderStage(Stage):
@@ -146,7 +146,7 @@ class AutoencoderStage(Stage):
         disc, check = self.recipe.disc, step % CHECK_EVERY == 0
         self.seed_step(step)
         if step == 0:
-            self.place_codes()
+            self.place()
         lr = self.learning_rate(step, progress)
         self.optimizer.param_groups[0]["lr"], self.disc_optimizer.param_groups[0]["lr"] = lr, lr * disc.lr_ratio
         x, now = self.batch(step), progress if disc.start < 1 else step
@@ -156,12 +156,10 @@ class AutoencoderStage(Stage):
                 metrics |= self.discriminator_step(x, x_rec, with_r1=disc.r1_weight and step % R1_EVERY == 0)
         return metrics | health | self.code_health(step, check) | {"lr": lr}
 
-    @torch.no_grad()
-    def place_codes(self) -> None:
-        "Let k-means place the codes among the encoder's outputs of the first batches; nothing without a codebook."
-        if hasattr(self.model.bottleneck, "place"):
-            with self.precision.autocast():
-                self.model.bottleneck.place(torch.cat([self.model.encode(self.batch(step)) for step in range(PLACING_BATCHES)]))
+    def place(self) -> None:
+        "Let principal components and k-means look at the first batches, where the network has a use for them."
+        with self.precision.autocast():
+            self.model.place(torch.cat([self.batch(step) for step in range(PLACING_BATCHES)]))
 
     def through(
         self,

@@ -2,20 +2,22 @@
 
     python tests/benchmarks/stage1.py photos.zip --minutes 45 kl original diffusers
 
-Each contestant is trained for the same minutes from the same seed, one after the other or, with `--side-by-side`, all at once with a
-core each, and measured on the held-out photos: PSNR, SSIM, FD-lite0 of the reconstructions, codes used. `--list` names the contestants.
+Each contestant is trained for the same minutes from the same seed, one after the other, and measured on the held-out photos: PSNR, SSIM,
+FD-lite0 of the reconstructions, codes used. With `--one-core` each trains on one core and for minutes of that core's time, whatever else
+the machine does; two such runs can go side by side. Without names it lists the contestants.
 """
 import argparse
 import json
-import os
-import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import nn
 
+from image_diffusion import training
 from image_diffusion.autoencoder import count_parameters, make_autoencoder
 from image_diffusion.bottleneck import GaussianBottleneck
 from image_diffusion.data import load_prepared, prepare, to_bytes
@@ -25,6 +27,7 @@ from image_diffusion.train_autoencoder import PRESETS, AutoencoderStage
 from image_diffusion.training import Budget, Precision, make_ema, training_loop
 
 KL, VQ, SEED = PRESETS["photos64-kl"], PRESETS["photos64-vq"], PRESETS["original-kl"]
+F8 = replace(KL, model=replace(KL.model, z_channels=4 * KL.model.z_channels, patch=8, ch=192, ch_mult=(1,), enc_blocks=2, dec_blocks=3))
 PIXELS = dict(perceptual_weight=0.0, disc=replace(KL.disc, weight=0.0))      # no judge but L1 and MSE
 
 
@@ -74,6 +77,7 @@ def theirs(*channels):
 
 CONTESTANTS = {   # name -> (recipe, stage)
     "kl": (KL, AutoencoderStage), "vq": (VQ, AutoencoderStage), "original": (seed_recipe(), AutoencoderStage),
+    "f8": (F8, AutoencoderStage), "f8-pixels": (replace(F8, **PIXELS), AutoencoderStage),
     "kl-pixels": (replace(KL, **PIXELS), AutoencoderStage), "vq-pixels": (replace(VQ, **PIXELS), AutoencoderStage),
     **{f"diffusers-{ch}": (KL, theirs(ch, 2 * ch, 4 * ch)) for ch in (16, 32, 64)},
     **{f"diffusers-{ch}-pixels": (replace(KL, **PIXELS), theirs(ch, 2 * ch, 4 * ch)) for ch in (16, 32, 64)},
@@ -110,18 +114,16 @@ def main():
     parser.add_argument("source", nargs="?", help="photos: anything that `image_diffusion prepare` takes")
     parser.add_argument("names", nargs="*", help="contestants")
     parser.add_argument("--minutes", type=float, default=45)
-    parser.add_argument("--side-by-side", action="store_true", help="all at once, one core each")
+    parser.add_argument("--one-core", action="store_true", help="one thread, and minutes of processor time")
     parser.add_argument("--out", type=Path, default=Path("runs/stage1"), help="prepared photos, pictures and weights")
-    parser.add_argument("--list", action="store_true")
     args = parser.parse_args()
-    if args.list or not args.names or set(args.names) - set(CONTESTANTS):
+    if not args.names or set(args.names) - set(CONTESTANTS):
         sys.exit("contestants: " + ", ".join(CONTESTANTS))
+    if args.one_core:
+        torch.set_num_threads(1)
+        training.time = SimpleNamespace(monotonic=time.process_time)       # the clock of `training_loop`
     folder = args.out / f"data{KL.size}"
     data = load_prepared(folder) if folder.exists() else prepare(args.source, folder, KL.size)
-    if args.side_by_side:
-        command = [sys.executable, __file__, args.source, "--minutes", str(args.minutes), "--out", str(args.out)]
-        running = [subprocess.Popen([*command, name], env=os.environ | {"OMP_NUM_THREADS": "1"}) for name in args.names]
-        sys.exit(max(process.wait() for process in running))
     for name in args.names:
         train(name, data, args.minutes, args.out)
 
