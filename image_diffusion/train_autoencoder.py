@@ -42,6 +42,7 @@ class DiscriminatorRecipe:
     alone: float = 0.05         # how long before that it trains alone, in the same unit
     ramp: float = 0.05          # how long until it is heard in full, in the same unit
     lr_ratio: float = 1.0       # its learning rate over the autoencoder's
+    grad_clip: float = 20.0     # well above its usual norm: clipping is for accidents
     lecam_weight: float = 0.0   # leash for few photos; 0 = off
     r1_weight: float = 0.0      # another leash, taken every 16th step; 0 = off
 
@@ -81,7 +82,7 @@ def _kl_and_vq(name: str, recipe: AutoencoderRecipe, **vq) -> dict:
 
 _small_critic = DiscriminatorRecipe(ch=32, layers=2, start=0.75)
 _cpu = dict(disc=_small_critic, batch_size=8, lr=2e-3, warmup_steps=100, ema_decay=0.995)   # on a CPU steps are dear, and small batches give more of them
-_seed = dict(disc=DiscriminatorRecipe(loss="bce", weight=0.1, adaptive=False, start=0.625, alone=0.0, ramp=0.0), batch_size=48, lr=1e-5, final_lr=1.0,
+_seed = dict(disc=DiscriminatorRecipe(loss="bce", weight=0.1, adaptive=False, start=0.625, alone=0.0, ramp=0.0, grad_clip=1.0), batch_size=48, lr=1e-5, final_lr=1.0,
              warmup_steps=1, steps=24_000, mse_weight=1.0, kl_weight=5e-6 * 3 * 32 * 32, grad_clip=1.0, ema_decay=0.0)
 PRESETS = {
     **_kl_and_vq("tiny", AutoencoderRecipe(TINY, size=32, steps=2_000, perceptual_weight=0.0, **_cpu), codebook_size=256),
@@ -184,7 +185,7 @@ class AutoencoderStage(Stage):
         wishes, numbers = self.ask_judges(x, x_rec, gan_share)
         if check:
             numbers |= {f"pull_{name}": layer_gradient(wish, x_rec, self.model.last_layer).norm() for name, wish in wishes.items()}
-            numbers["saturated"] = (x_rec.detach().abs() > 1).float().mean()
+            numbers["saturated"] = (x_rec.detach().abs() >= 1).float().mean()
         is_kl = recipe.model.bottleneck == "kl"
         loss = (x_rec * sum(wishes.values())).sum() + (recipe.kl_weight if is_kl else 1.0) * bottleneck_loss   # only its gradient has a meaning
         step_numbers = optimizer_step(loss, self.optimizer, self.scaler, recipe.grad_clip)
@@ -236,7 +237,7 @@ class AutoencoderStage(Stage):
             loss = loss + disc.lecam_weight * self.lecam(logits_real, logits_fake)
         if with_r1:
             loss = loss + disc.r1_weight * R1_EVERY / 2 * r1_penalty(self.disc, x)
-        step_numbers = optimizer_step(loss, self.disc_optimizer, self.disc_scaler, self.recipe.grad_clip)
+        step_numbers = optimizer_step(loss, self.disc_optimizer, self.disc_scaler, disc.grad_clip)
         return {"d_loss": d_loss.detach(), "d_accuracy": d_accuracy(logits_real, logits_fake), "logit_gap": logit_gap(logits_real, logits_fake),
                 **{f"d_{name}": value for name, value in step_numbers.items()}}
 

@@ -121,7 +121,7 @@ def main():
         sys.exit("contestants: " + ", ".join(CONTESTANTS))
     if args.one_core:
         torch.set_num_threads(1)
-        training.time = SimpleNamespace(monotonic=time.process_time)       # the clock of `training_loop`
+        training.time = SimpleNamespace(monotonic=time.process_time, perf_counter=time.perf_counter)       # the clock of `training_loop`
     folder = args.out / f"data{KL.size}"
     data = load_prepared(folder) if folder.exists() else prepare(args.source, folder, KL.size)
     for name in args.names:
