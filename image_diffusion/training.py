@@ -8,7 +8,7 @@ __all__ = ['FP16_MAX', 'CHECK_EVERY', 'RULES', 'DOCTOR_PANELS', 'GIVE_UP_AFTER',
            'Budget', 'learning_rate', 'batch_indices', 'seed_step', 'Stage', 'Tick', 'training_loop', 'Meter',
            'largest_activation', 'recent_means', 'diagnose', 'plot_doctor', 'stop_requests', 'Interrupted',
            'save_stage', 'resume_stage', 'rescue', 'progress_bar', 'log_means', 'Sitting', 'draw_samples', 'fit',
-           'finish_stage', 'CostCounter', 'empty_weights', 'bytes_of', 'step_cost', 'plan_lines']
+           'finish_stage', 'CostCounter', 'empty_weights', 'bytes_of', 'step_cost', 'planned_bytes', 'plan_lines']
 
 # %% ../nbs/09_training.ipynb #9b29d4c4
 import math
@@ -564,6 +564,17 @@ T4_CONTEXT = 0.7e9     # bytes that CUDA and cuDNN take on a card before the fir
 T4_MACS = 6.5e12       # multiply-adds a second that a T4 sustains in fp16: a fifth of its 65 TFLOP/s; assumed
 
 
+def planned_bytes(
+    cost: dict,            # from `step_cost`
+    on_gpu: bool,          # on a T4, or on a CPU
+) -> dict:
+    "Bytes by purpose on a machine: those of the tensors, and what the machine itself takes."
+    sizes = {name: value for name, value in cost.items() if name != "macs"}
+    if on_gpu:
+        return sizes | {"CUDA": T4_CONTEXT}
+    return sizes | {"activations": sizes["activations"] * HOLES, "libraries": LIBRARIES}
+
+
 def plan_lines(
     cost: dict,            # from `step_cost`
     batch_size: int,
@@ -571,14 +582,13 @@ def plan_lines(
     on_gpu: bool,          # for a T4, or for a CPU
 ) -> list:
     "Memory and time of a training, one line each, with the assumptions behind them."
-    sizes = {name: value / 1e9 for name, value in cost.items() if name != "macs"}
+    sizes = {name: value / 1e9 for name, value in planned_bytes(cost, on_gpu).items()}
     if on_gpu:
-        sizes["CUDA"] = T4_CONTEXT / 1e9
         where, note = "a T4", "tensors as counted (fp16 activations), CUDA's own as assumed; a T4 has 14.7 free"
+        speed, how = T4_MACS, "assumed: a fifth of its 65 TFLOP/s"
     else:
-        sizes |= {"activations": sizes["activations"] * HOLES, "libraries": LIBRARIES / 1e9}
         where, note = "two CPU cores", "on top of python and torch; a quarter on the activations for the allocator's holes, as measured"
-    speed, how = (T4_MACS, "assumed: a fifth of its 65 TFLOP/s") if on_gpu else (CPU_MACS, "measured on one machine")
+        speed, how = CPU_MACS, "measured on one machine"
     hours = steps * cost["macs"] / speed / 3600
     return [f"memory    {sum(sizes.values()):.2f} GB at batch {batch_size} on {where}: {', '.join(f'{name} {size:.2f}' for name, size in sizes.items())} ({note})",
             f"time      {hours:.1f} hours for {steps:,} steps, {steps * batch_size / 1e6:.2f} M images, on {where} at {speed / 1e9:,.0f} GMAC a second ({how})"]
