@@ -313,7 +313,7 @@ DOCTOR_PANELS = {   # title -> numbers of metrics.jsonl
     "adaptive weight": ["gan_weight"],
     "largest activation (fp16: 65,504)": ["max_activation"],
     "scale of fp16 gradients": ["scale"],
-    "codebook: used, perplexity, old (shares)": ["codes_share", "perplexity_share", "old_codes"],
+    "codebook, shares": ["codes_share", "perplexity_share", "old_codes"],
 }
 
 
