@@ -42,7 +42,7 @@ class DiscriminatorRecipe:
     alone: float = 0.05         # how long before that it trains alone, in the same unit
     ramp: float = 0.05          # how long until it is heard in full, in the same unit
     lr_ratio: float = 1.0       # its learning rate over the autoencoder's
-    grad_clip: float = 20.0     # well above its usual norm: clipping is for accidents
+    grad_clip: float = 100.0    # well above its usual norm, 20 to 30 in photos64: clipping is for accidents
     lecam_weight: float = 0.0   # leash for few photos; 0 = off
     r1_weight: float = 0.0      # another leash, taken every 16th step; 0 = off
 
