@@ -57,7 +57,7 @@ def presets(folder):
     for perceptual in (None, LPIPS()):
         stages = {name: AutoencoderStage(data, replace(PRESETS[name], batch_size=2), Precision(), perceptual)
                   for name in ("original-kl", "lhq128-kl", "lhq128-fast-kl")}
-        compare(f"a step at 128 px, batch 2, fp32, {'LPIPS' if perceptual else 'no perceptual loss'}", {n: step_of(s) for n, s in stages.items()}, turns=5)
+        compare(f"a step at 128 px, batch 2, fp32, {'LPIPS' if perceptual else 'no perceptual loss'}", {n: step_of(s) for n, s in stages.items()}, turns=3)
 
 
 def classic(folder):
@@ -95,7 +95,7 @@ def overhead(folder):
                 meter.add(careful.train_step(25 * turn + i, LATE))
             log_means(run, Tick(25 * turn, LATE, 0.0, {}), meter)
 
-        times = compare(f"25 steps of {name}, batch 8", {"with doctor, EMA and records": careful_steps, "bare": bare_steps}, turns=5)
+        times = compare(f"25 steps of {name}, batch 8", {"with doctor, EMA and records": careful_steps, "bare": bare_steps}, turns=3)
         print(f"  the care costs {times['with doctor, EMA and records'] / times['bare'] - 1:.1%}")
 
 
