@@ -263,9 +263,9 @@ def largest_activation(
         numbers["max_activation"] = torch.stack(seen).amax()
 
 # %% ../nbs/09_training.ipynb #a13b483a
-RULES = (   # (number, "is above" or "is below", limit, what to say; {value}, {limit} and every other number can stand in it)
+RULES = (   # (number, above or below, limit, what to say; {value} and every other number can stand in it)
     ("clipped", operator.gt, 0.5, "clipping acts on {value:.0%} of steps, so that each has the same length: raise grad_clip above {grad_norm:.2g}"),
-    ("d_clipped", operator.gt, 0.5, "clipping acts on {value:.0%} of the discriminator's steps: raise grad_clip above {d_grad_norm:.2g}"),
+    ("d_clipped", operator.gt, 0.5, "clipping acts on {value:.0%} of the discriminator's steps: raise its grad_clip above {d_grad_norm:.2g}"),
     ("skipped", operator.gt, 0.05, "{value:.0%} of steps were skipped because a gradient was not finite: lower lr"),
     ("d_skipped", operator.gt, 0.05, "{value:.0%} of the discriminator's steps were skipped because a gradient was not finite: lower lr"),
     ("scale", operator.lt, 1.0, "the gradient scale of fp16 has fallen to {value:.2g}: gradients overflow again and again; lower lr, or train in fp32"),
@@ -300,7 +300,7 @@ def diagnose(
 ) -> list:
     "What is odd about the end of a run, in words; an empty list for a healthy one."
     means = recent_means(records) if records else {}
-    return [words.format(**{"grad_norm": math.nan, "d_grad_norm": math.nan} | means, value=means[name], limit=limit)
+    return [words.format(**{"grad_norm": math.nan, "d_grad_norm": math.nan} | means, value=means[name])
             for name, beyond, limit, words in RULES if name in means and beyond(means[name], limit)]
 
 # %% ../nbs/09_training.ipynb #79c8d43f
