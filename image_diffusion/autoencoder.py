@@ -40,6 +40,7 @@ class AutoencoderConfig:
     early: bool = False          # a level already has the width of the next one on the way, as in the first attempt
     num_groups: int = 32         # groups of all norms; must divide every width
     codebook_size: int = 1024    # vq: number of codes
+    restart_below: float = 0.6   # vq: a code under this part of its fair share restarts
     unit_codes: bool = False     # vq: codes and latents on the unit sphere
     levels: tuple = (10, 10, 10) # fsq: values per channel; 10 * 10 * 10 is close to 1024 codes
     in_ch: int = 3               # channels of the image
@@ -305,8 +306,8 @@ class Autoencoder(nn.Module):
 # %% ../nbs/04_autoencoder.ipynb #3d8f44d8
 BOTTLENECKS = {
     "kl": lambda config: GaussianBottleneck(config.z_channels),
-    "vq": lambda config: VectorQuantizer(config.codebook_size, config.z_channels, normalise=config.unit_codes),
-    "vq-gradient": lambda config: GradientVectorQuantizer(config.codebook_size, config.z_channels, normalise=config.unit_codes),
+    "vq": lambda config: VectorQuantizer(config.codebook_size, config.z_channels, restart_below=config.restart_below, normalise=config.unit_codes),
+    "vq-gradient": lambda config: GradientVectorQuantizer(config.codebook_size, config.z_channels, restart_below=config.restart_below, normalise=config.unit_codes),
     "fsq": lambda config: FSQ(config.levels),
 }
 

@@ -175,7 +175,7 @@ class VectorQuantizer(nn.Module):
         z_channels=3,            # length of a code
         decay=0.99,              # of the running means; about 1/(1-decay) batches of memory
         commitment_weight=0.25,  # of the loss that pulls `h` to its code; the paper's beta
-        restart_below=0.3,       # a code under this part of its fair share restarts; 0 = never
+        restart_below=0.6,       # a code under this part of its fair share restarts; 0 = never
         normalise=False,         # latents and codes on the unit sphere: only the direction of `h` counts (Yu et al. 2022)
     ):
         super().__init__()

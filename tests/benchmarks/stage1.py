@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,8 +23,9 @@ from image_diffusion.bottleneck import GaussianBottleneck
 from image_diffusion.data import load_prepared, prepare, to_bytes
 from image_diffusion.fid import Lite0Features, collect_stats, frechet_distance, in_batches
 from image_diffusion.perceptual import FeatureDistance, load_lite0
+from image_diffusion.runs import Run
 from image_diffusion.train_autoencoder import PRESETS, AutoencoderStage
-from image_diffusion.training import Budget, Precision, make_ema, training_loop
+from image_diffusion.training import Budget, Precision, fit, make_ema, resume_stage
 
 KL, VQ, SEED = PRESETS["photos64-kl"], PRESETS["photos64-vq"], PRESETS["original-kl"]
 F8 = replace(KL, model=replace(KL.model, z_channels=4 * KL.model.z_channels, patch=8, ch=192, ch_mult=(1,), enc_blocks=2, dec_blocks=3))
@@ -96,17 +97,15 @@ def measure(stage, data):
 
 
 def train(name, data, minutes, out):
-    "Train one contestant, draw its dev reconstructions, and print its numbers as a line of JSON."
+    "Train one contestant as a run in out/name, which goes on when the command is given again, and print its numbers as a line of JSON."
     recipe, stage_class = CONTESTANTS[name]
     perceptual = FeatureDistance(load_lite0()) if recipe.perceptual_weight else None
     stage = stage_class(data, recipe, Precision.pick(), perceptual, "lite0" if perceptual else None)
-    for tick in training_loop(stage, Budget(minutes=minutes)):
-        pass
-    out.mkdir(parents=True, exist_ok=True)
-    stage.sample(out / f"{name}.png")
-    torch.save(stage.state_dict(), out / f"{name}.pt")
+    run = Run.open(out / name, {"stage": "autoencoder", "preset": name, "recipe": asdict(recipe), "minutes": minutes, "data": data.manifest["sha256"]})
+    finished = fit(stage, run, Budget(minutes=minutes), name)
+    resume_stage(stage, run)
     facts = {"name": name, "parameters": count_parameters(stage.model), "minutes": minutes, "threads": torch.get_num_threads(), "seed": recipe.seed,
-             "precision": str(stage.precision.dtype), "steps": tick.step, "images": tick.step * recipe.batch_size, "lr": recipe.lr}
+             "precision": str(stage.precision.dtype), "steps": finished["step"], "images": finished["step"] * recipe.batch_size, "lr": recipe.lr}
     print(json.dumps(facts | {key: round(value, 4) for key, value in measure(stage, data).items()}), flush=True)
 
 
@@ -116,8 +115,8 @@ def main():
     parser.add_argument("names", nargs="*", help="contestants")
     parser.add_argument("--minutes", type=float, default=45)
     parser.add_argument("--one-core", action="store_true", help="one thread, and minutes of processor time")
-    parser.add_argument("--out", type=Path, default=Path("runs/stage1"), help="prepared photos, pictures and weights")
-    args = parser.parse_args()
+    parser.add_argument("--out", type=Path, default=Path("runs/stage1"), help="prepared photos, and a run folder for each contestant")
+    args = parser.parse_intermixed_args()
     if not args.names or set(args.names) - set(CONTESTANTS):
         sys.exit("contestants: " + ", ".join(CONTESTANTS))
     if args.one_core:
