@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['FP16_MAX', 'CHECK_EVERY', 'RULES', 'DOCTOR_PANELS', 'GIVE_UP_AFTER', 'MOST_RESCUES', 'LIBRARIES', 'HOLES', 'CPU_MACS',
            'T4_CONTEXT', 'T4_MACS', 'convolution_seconds', 'faster_in_bf16', 'Precision', 'optimizer_step', 'make_ema',
-           'Budget', 'learning_rate', 'batch_indices', 'seed_step', 'Stage', 'Tick', 'training_loop', 'Meter',
-           'largest_activation', 'recent_means', 'diagnose', 'plot_doctor', 'stop_requests', 'Interrupted',
-           'save_stage', 'resume_stage', 'rescue', 'progress_bar', 'log_means', 'Sitting', 'draw_samples', 'fit',
+           'power_gamma', 'make_power_ema', 'profile_overlap', 'average_mixture', 'Budget', 'learning_rate',
+           'batch_indices', 'seed_step', 'Stage', 'Tick', 'training_loop', 'Meter', 'largest_activation',
+           'recent_means', 'diagnose', 'plot_doctor', 'stop_requests', 'Interrupted', 'save_stage', 'resume_stage',
+           'rescue', 'progress_bar', 'log_means', 'Sitting', 'keep_averages', 'choose_average', 'draw_samples', 'fit',
            'finish_stage', 'CostCounter', 'empty_weights', 'bytes_of', 'step_cost', 'planned_bytes', 'plan_lines']
 
 # %% ../nbs/09_training.ipynb #9b29d4c4
@@ -19,9 +20,12 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,7 +34,7 @@ from torch.utils.flop_counter import flop_registry
 from tqdm.auto import tqdm
 
 from .plots import Picture, plot_runs
-from .runs import Run, RunError, append_metrics, load_checkpoint, save_checkpoint, save_snapshot
+from .runs import Run, RunError, append_metrics, load_checkpoint, save_checkpoint, save_snapshot, write_verified
 
 # %% ../nbs/09_training.ipynb #f73c3184
 def convolution_seconds(
@@ -116,6 +120,41 @@ def make_ema(
         torch._foreach_lerp_(ema_weights, weights, 1 - min(decay, (1 + n) / (10 + n)))
     return AveragedModel(module, multi_avg_fn=average).requires_grad_(False).eval()
 
+# %% ../nbs/09_training.ipynb #7225420e
+def power_gamma(
+    sigma_rel: float,  # width of the average, as a share of the steps so far; below 0.28, where gamma is 0
+) -> float:
+    "The exponent of a power-function average of a given width (Karras et al. 2024, algorithm 2)."
+    return float(np.roots([1, 7, 16 - sigma_rel**-2, 12 - sigma_rel**-2]).real.max())
+
+
+def make_power_ema(
+    module: torch.nn.Module,  # the network that is trained
+    sigma_rel: float,         # see `power_gamma`
+) -> AveragedModel:
+    "A copy of the module that follows it with a memory that grows with training; update it as that of `make_ema`."
+    gamma = power_gamma(sigma_rel)
+    def average(ema_weights, weights, num_averaged):
+        torch._foreach_lerp_(ema_weights, weights, 1 - (1 - 1 / (int(num_averaged) + 1)) ** (gamma + 1))
+    return AveragedModel(module, multi_avg_fn=average).requires_grad_(False).eval()
+
+
+def profile_overlap(t_a, gamma_a, t_b, gamma_b):
+    "The inner product of the profiles of two averages, taken at steps t_a and t_b (Karras et al. 2024, algorithm 3); numbers or arrays."
+    exponent = np.where(t_a < t_b, gamma_b, -gamma_a)
+    return (gamma_a + 1) * (gamma_b + 1) * (t_a / t_b) ** exponent / ((gamma_a + gamma_b + 1) * np.maximum(t_a, t_b))
+
+
+def average_mixture(
+    steps: list,       # (N,) when each average was kept
+    sigma_rels: list,  # (N,) its width
+    wanted: float,     # the width wanted, at the last of the steps
+) -> np.ndarray:  # (N,) factors, of sum about 1
+    "How much of each kept average makes up another one: least squares between their profiles."
+    t, gamma = np.array(steps, dtype=float), np.array([power_gamma(width) for width in sigma_rels])
+    gram = profile_overlap(t[:, None], gamma[:, None], t[None], gamma[None])                 # (N,N)
+    return np.linalg.lstsq(gram, profile_overlap(t, gamma, t.max(), power_gamma(wanted)), rcond=None)[0]
+
 # %% ../nbs/09_training.ipynb #3f3faa62
 @dataclass(frozen=True)
 class Budget:
@@ -172,6 +211,10 @@ class Stage:
     "What is trained: a child names its stateful `parts` and adds `train_step`, `evaluate`, `score`, `sample` and `snapshot` (see `fit`)."
     parts = ()   # names of the attributes that have a state: networks, EMA, optimizers, scalers
     rescues = 0  # how often training broke down and went back to a checkpoint
+
+    def kept_averages(self) -> dict:
+        "Power-function averages by their width, which `fit` puts aside now and then; see `choose_average`."
+        return {}
 
     def seed_step(self, step: int) -> None:
         "Seed the random numbers of a step as a function of (seed, step), and of the rescues: what broke down is not repeated."
@@ -437,12 +480,40 @@ class Sitting:
         bar.update(tick.progress - bar.n)
         if tick.progress * self.samples >= self.drawn:
             draw_samples(self.stage, self.run, tick)
+            keep_averages(self.stage, self.run, tick)
             self.drawn += 1
         if asked or time.monotonic() - self.saved_at > 60 * self.save_every_minutes:
             save_stage(self.stage, self.run, tick)
             self.saved_at = time.monotonic()
         if asked:
             raise Interrupted(f"Stopped at step {tick.step}, saved in {self.run.folder}: run the same command again to go on.")
+
+
+def keep_averages(
+    stage: Stage,
+    run: Run,
+    tick: Tick,
+) -> None:
+    "Put the stage's power-function averages aside, in fp16, as `averages/step_N-WIDTH.safetensors`."
+    for width, average in stage.kept_averages().items():
+        tensors = {name: tensor.detach().half().cpu().contiguous() for name, tensor in average.module.state_dict().items()}
+        write_verified(run.folder / "averages" / f"step_{tick.step:07d}-{width}.safetensors", lambda temporary: save_file(tensors, temporary))
+
+
+def choose_average(
+    folder: Path,      # a run folder
+    sigma_rel: float,  # width of the average over the steps, as a share of all
+) -> dict:
+    "Weights (float32, by name) of an average of any width, mixed from what the run kept. RunError if it kept nothing, or for a width out of range."
+    files = sorted((Path(folder) / "averages").glob("step_*.safetensors"))
+    if not files or not 0.01 <= sigma_rel <= 0.25:
+        raise RunError(f"{folder} kept no averages to choose from." if not files else f"The width of an average lies between 0.01 and 0.25, not at {sigma_rel}.")
+    steps, widths = zip(*((int(step), float(width)) for step, width in (path.stem[5:].split("-") for path in files)))
+    mixed = {}
+    for factor, path in zip(average_mixture(steps, widths, sigma_rel).tolist(), files):
+        for name, tensor in load_file(path).items():
+            mixed[name] = mixed.get(name, 0) + factor * tensor.float()
+    return mixed
 
 
 def draw_samples(
@@ -489,6 +560,7 @@ def finish_stage(
 ) -> dict:
     "The last pictures, evaluation, checkpoint and snapshot; marks the run as finished and returns its final numbers."
     draw_samples(stage, run, tick)
+    keep_averages(stage, run, tick)
     evaluation = save_stage(stage, run, tick)
     tensors, config = stage.snapshot()
     save_snapshot(run, tick.step, tensors, config)
