@@ -268,9 +268,9 @@ def vary(
 ) -> torch.Tensor:
     "Noise photos to a level and come back (Meng et al. 2022): pictures (B,3,H,W). RunError for a level that was not trained."
     low, high = prior.levels
-    if not low < sigma <= high:
+    if not low < sigma <= high * 1.001:
         raise RunError(f"The noise level must lie above {low:.2g} and be {high:.4g} at most, not {sigma:g}.")
-    z = draw_latents(prior, labels, range(len(x)), start=encode(prior, x), levels=(low, sigma), **sampling)
+    z = draw_latents(prior, labels, range(len(x)), start=encode(prior, x), levels=(low, min(sigma, high)), **sampling)
     return decode(prior, z).cpu()
 
 # %% ../nbs/16_generate.ipynb #d83e3795
@@ -286,7 +286,7 @@ def inpaint(
         raise RunError(f"The mask is of shape {tuple(mask.shape)}, the pictures of {tuple(x.shape)}: a mask has one channel and the same sides.")
     z, hole = encode(prior, x), (mask > 0.5).float()                                              # (B,C,h,w), (B,1,H,W)
     open_z = F.max_pool2d(hole, prior.autoencoder.factor).to(z.device)                            # (B,1,h,w): open if any of its pixels is
-    drawn = draw_latents(prior, labels, range(len(x)), change=lambda denoise: inpainted(denoise, z, open_z), **sampling)
+    drawn = draw_latents(prior, labels, range(len(x)), start=z * (1 - open_z), change=lambda denoise: inpainted(denoise, z, open_z), **sampling)
     return torch.where(hole.bool(), decode(prior, drawn).cpu(), x.cpu())
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from conftest import SIZE, type_in
 from image_diffusion.data import prepare
-from image_diffusion.generate import FIGURES, name_runs, originals
+from image_diffusion.generate import AUTOENCODER_FIGURES, PRIOR_FIGURES, load_prior, name_runs, originals, plot_samplers, sampler_distances
+from image_diffusion.sampling import SAMPLERS
 from PIL import Image
 
 
@@ -28,12 +29,27 @@ def refused(answer, *words):
     assert all(word in answer.output for word in words), answer.output
 
 
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", AUTOENCODER_FIGURES)
 def test_each_figure_comes_from_a_command(runs, tmp_path, name):
     out = tmp_path / "figures" / f"{name}.png"
     answer = type_in("figure", name, *runs, "--out", out)
     assert answer.exit_code == 0 and str(out) in answer.output
     assert pixels(out).shape[1] > 500 and pixels(out).std() > 20 and [path.name for path in out.parent.iterdir()] == [out.name]
+
+
+@pytest.mark.parametrize("name", [*PRIOR_FIGURES, "trends_stage2"])
+def test_each_figure_of_a_prior_comes_from_a_command(whole_run, tmp_path, name):
+    assert type_in("figure", name, "--run", whole_run / "prior", "--out", tmp_path / "x.png").exit_code == 0
+    assert pixels(tmp_path / "x.png").shape[1] > 400 and pixels(tmp_path / "x.png").std() > 10
+
+
+def test_samplers_are_compared_at_equal_evaluations(whole_run, prepared):
+    prior = load_prior(whole_run / "prior")
+    records = sampler_distances(prior, prepared, samples=8, longest=12)
+    assert {(r["sampler"], r["evaluations"]) for r in records} >= {("heun", 5), ("heun", 9), ("dpmpp_2m", 20), ("ddpm", 12)}
+    assert all(np.isfinite(r["distance"]) for r in records)
+    figure = plot_samplers(records)
+    assert len(figure.axes[0].lines) == len(SAMPLERS) + 1
 
 
 @pytest.mark.parametrize("name", ["stage1", "latents", "codebook"])
@@ -70,8 +86,11 @@ def test_without_out_a_figure_lies_in_the_first_run(whole_run):
 def test_a_figure_that_a_run_cannot_give_is_refused(whole_run, runs, tmp_path):
     kl, prior = whole_run / "autoencoder-kl", whole_run / "prior"
     refused(type_in("figure", "codebook", "--run", kl, "--out", tmp_path / "x.png"), "codebook", str(kl), "VQ")
-    for name in FIGURES:
+    for name in AUTOENCODER_FIGURES:
         refused(type_in("figure", name, *runs, "--run", prior, "--out", tmp_path / "x.png"), "autoencoder", "prior")
+    for name in [*PRIOR_FIGURES, "trends_stage2", "samplers"]:
+        refused(type_in("figure", name, *runs, "--run", prior, "--out", tmp_path / "x.png"), "prior", "train-diffusion")
+    refused(type_in("figure", "samplers", "--run", prior, "--out", tmp_path / "x.png"), "--data")
     refused(type_in("figure", "trends", "--run", tmp_path / "nowhere", "--out", tmp_path / "x.png"), "nowhere")
     for command in (["doctor"], ["figure", "stage1"]):
         refused(type_in(*command, "--run", whole_run, "--out", tmp_path / "x.png"), "autoencoder-kl")
