@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import type_in
-from image_diffusion.data import from_bytes, prepare
+from image_diffusion.data import prepare
 from image_diffusion.diffusion import LOSS_WEIGHTS, NOISE_LEVELS, PARAMETERISATIONS, DiffusionError
 from image_diffusion.generate import class_labels, generate, inpaint, load_prior, panorama, vary
 from image_diffusion.latents import load_latents

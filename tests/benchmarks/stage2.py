@@ -1,0 +1,119 @@
+"""Which prior is better after the same minutes on the same latents?
+
+    python tests/benchmarks/stage2.py data/photos64 runs/kl --minutes 60 ours first-attempt
+
+Each contestant is trained for the same minutes from the same seed on the latents of one autoencoder, one after the other, and draws the same
+number of samples (classes in the proportions of the train split, EMA weights, DPM-Solver++(2M), 20 evaluations, guidance 2), which are
+compared with the dev photos: FD-lite0, KID, and how often the asked class is recognised. With `--one-core` each trains on one core and for minutes
+of that core's time, whatever else the machine does. The same command again goes on. Without names it lists the contestants.
+"""
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from stage2_step import FirstAttempt
+
+from image_diffusion import training
+from image_diffusion.autoencoder import count_parameters
+from image_diffusion.data import load_prepared, to_bytes
+from image_diffusion.diffusion import Denoiser, sigma_range
+from image_diffusion.fid import Lite0Features, collect_features, collect_stats, frechet_distance, in_batches, kid
+from image_diffusion.generate import Prior, class_accuracy, class_grid, generate, labels_of
+from image_diffusion.latents import cache_latents
+from image_diffusion.plots import save_png
+from image_diffusion.runs import Run
+from image_diffusion.train_autoencoder import load_autoencoder
+from image_diffusion.train_diffusion import PRESETS, DiffusionStage
+from image_diffusion.training import Budget, Precision, fit, make_ema, resume_stage
+from image_diffusion.unet import UNet
+
+OURS = PRESETS["photos64"]
+SEED = replace(PRESETS["original"], model=OURS.model, batch_size=OURS.batch_size, power_emas=())
+
+
+class FirstAttemptStage(DiffusionStage):
+    "Our steps around the first attempt's network, of about as many parameters as ours."
+    def __init__(self, latents, recipe, *args):
+        super().__init__(latents, recipe, *args)
+        torch.manual_seed(recipe.seed)
+        wanted = count_parameters(UNet(recipe.model))
+        nets = (FirstAttempt((a, 16 * round(1.9 * a / 16), 16 * round(3.6 * a / 16)), latents.shape[0], max(1, len(self.classes))) for a in range(32, 161, 16))
+        net = min(nets, key=lambda net: abs(count_parameters(net) - wanted))
+        self.denoiser = self.precision.place(Denoiser(net, recipe.parameterisation)).train()
+        self.ema = make_ema(self.denoiser, recipe.ema_decay)
+        self.optimizer = torch.optim.AdamW(self.denoiser.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.01)
+
+
+CONTESTANTS = {   # name -> (recipe, stage)
+    "ours": (OURS, DiffusionStage),
+    "first-attempt": (SEED, FirstAttemptStage), "first-attempt-lr1e-3": (replace(SEED, lr=1e-3), FirstAttemptStage),
+    "eps-linear": (replace(OURS, parameterisation="eps", noise_levels="linear", weighting="uniform"), DiffusionStage),
+    "v-zero_snr": (replace(OURS, noise_levels="zero_snr"), DiffusionStage),
+    "v-cosine-edm": (replace(OURS, weighting="edm"), DiffusionStage),
+    "flow": (replace(OURS, parameterisation="flow", noise_levels="flow", weighting="uniform"), DiffusionStage),
+    "edm": (replace(OURS, parameterisation="edm", noise_levels="lognormal", weighting="edm"), DiffusionStage),
+    "x0-cosine": (replace(OURS, parameterisation="x0"), DiffusionStage),
+    **{f"ours-lr{lr:g}": (replace(OURS, lr=lr), DiffusionStage) for lr in (5e-4, 2e-3)},
+    **{f"ours-batch{batch}": (replace(OURS, batch_size=batch), DiffusionStage) for batch in (16, 64)},
+}
+
+
+def as_prior(stage, recipe, step):
+    "What draws with a stage's EMA weights."
+    return Prior(stage.ema.module.eval(), stage.scale, stage.autoencoder, stage.classes, stage.latents.shape, sigma_range(recipe.noise_levels), step, stage.precision)
+
+
+def measure(prior, data, samples, seed=1):
+    "The distances of samples to the dev photos, and how often their class is recognised."
+    labels, features = labels_of(prior, data, np.random.default_rng(seed).choice(data.train, samples)), Lite0Features()
+    images = to_bytes(generate(prior, labels, seed)).numpy()
+    reference = collect_stats(in_batches(data.images, data.dev), features)
+    distance, error = kid(collect_features(in_batches(images), features), collect_features(in_batches(data.images, data.dev), features))
+    return {"samples": samples, "FD-lite0": frechet_distance(collect_stats(in_batches(images), features), reference), "KID-lite0": distance, "KID-std": error,
+            "class": class_accuracy(images, labels.cpu(), prior, data)["value"] if prior.classes else None}
+
+
+def train(name, data, latents, autoencoder, minutes, samples, out):
+    "Train one contestant as a run in out/name, and print its numbers as a line of JSON."
+    recipe, stage_class = CONTESTANTS[name]
+    recipe = replace(recipe, model=replace(recipe.model, in_ch=latents.shape[0], num_classes=data.num_classes))
+    stage = stage_class(latents, recipe, autoencoder, data.classes, Precision.pick())
+    run = Run.open(out / name, {"stage": "diffusion", "preset": name, "recipe": asdict(recipe), "minutes": minutes, "autoencoder": latents.facts["autoencoder"]})
+    finished = fit(stage, run, Budget(minutes=minutes), name)
+    resume_stage(stage, run)
+    prior = as_prior(stage, recipe, finished["step"])
+    save_png(class_grid(prior)[0], out / f"{name}.png", nrow=8)
+    facts = {"name": name, "parameters": count_parameters(stage.denoiser), "minutes": minutes, "threads": torch.get_num_threads(), "steps": finished["step"],
+             "images": finished["step"] * recipe.batch_size, "lr": recipe.lr, "dev_loss": finished["dev_loss"]}
+    print(json.dumps(facts | measure(prior, data, samples)), flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="prepared photos of 64 px")
+    parser.add_argument("autoencoder", type=Path, help="run folder of a trained autoencoder")
+    parser.add_argument("names", nargs="*", help="contestants")
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--samples", type=int, default=2000)
+    parser.add_argument("--one-core", action="store_true", help="one thread, and minutes of processor time")
+    parser.add_argument("--out", type=Path, default=Path("runs/stage2"), help="a run folder for each contestant")
+    args = parser.parse_intermixed_args()
+    if not args.names or set(args.names) - set(CONTESTANTS):
+        sys.exit("contestants: " + ", ".join(CONTESTANTS))
+    if args.one_core:
+        torch.set_num_threads(1)
+        training.time = SimpleNamespace(monotonic=time.process_time, perf_counter=time.perf_counter)       # the clock of `training_loop`
+    data, autoencoder = load_prepared(args.data), load_autoencoder(args.autoencoder)
+    latents = cache_latents(autoencoder, data, args.autoencoder, args.autoencoder / f"latents-{data.manifest['sha256'][:12]}")
+    for name in args.names:
+        train(name, data, latents, autoencoder, args.minutes, args.samples, args.out)
+
+
+if __name__ == "__main__":
+    main()
