@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.textpath import TextPath
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torchvision.utils import make_grid
@@ -69,7 +70,8 @@ def framed(
 ) -> Picture:
     "Show an array pixel for pixel, with names for its rows and columns."
     height, width = array.shape[:2]
-    left = 12 + 8 * max(len(str(s)) for s in row_labels) if row_labels else 0
+    widths = [TextPath((0, 0), str(text), size=10).get_extents().width * 100 / 72 for text in row_labels or [] if str(text).strip()]     # px
+    left = 12 + round(max(widths)) if widths else 0
     top = (26 if title else 0) + (20 if col_labels else 0)
     full = max(width + left, 8 * len(title or ""))                          # a long title may be wider than the picture
     fig = Picture(figsize=(full / 100, (height + top) / 100), dpi=100)
