@@ -29,7 +29,7 @@ def find_name(
 ):  # the entry
     "The entry of a table by its name; raises `DiffusionError`, which lists the names there are."
     if name not in table:
-        raise DiffusionError(f"{what} {name!r} is not known; choose one of {', '.join(table)}")
+        raise DiffusionError(f"{what} {name!r} is not known; choose one of {', '.join(table)}.")
     return table[name]
 
 
@@ -297,7 +297,7 @@ def check_combination(
     find_name(LOSS_WEIGHTS, weighting, "weighting")
     if (parameterisation, noise_levels) == ("eps", "zero_snr"):
         raise DiffusionError("eps cannot be predicted with the noise distribution zero_snr: its last level is pure noise, where eps is "
-                             "the input itself and says nothing about the picture; predict v, or choose the noise distribution linear")
+                             "the input itself and says nothing about the picture; predict v, or choose the noise distribution linear.")
 
 # %% ../nbs/13_diffusion.ipynb #f54dc073
 def drop_labels(

@@ -373,7 +373,7 @@ def class_accuracy(
     train_labels, dev_labels = labels_of(prior, data, data.train).cpu(), labels_of(prior, data, data.dev).cpu()
     means = torch.stack([train[train_labels == label].mean(0) for label in range(len(prior.classes))])        # (K,D)
     share = lambda found, asked: (torch.cdist(found, means).argmin(1) == asked)[asked >= 0].float().mean().item()
-    return {"name": f"asked class recognised ({features.name})", "value": share(look(in_batches(images)), labels), "floor": share(dev, dev_labels), "n": len(images)}
+    return {"name": "asked class recognised", "value": share(look(in_batches(images)), labels), "floor": share(dev, dev_labels), "n": len(images), "features": features.detail}
 
 
 def show_nearest(

@@ -68,7 +68,7 @@ def choose(
 ):  # the value
     "Look a name up; raises `SamplingError` that lists the known names."
     if name not in table:
-        raise SamplingError(f"there is no {kind} {name!r}; choose one of {', '.join(table)}")
+        raise SamplingError(f"There is no {kind} {name!r}; choose one of {', '.join(table)}.")
     return table[name]
 
 
@@ -81,7 +81,7 @@ def sigma_schedule(
     "A list of noise levels by name; raises `SamplingError` for a name that is not known or for no steps at all."
     spaced = choose(name, SIGMA_SCHEDULES, "noise schedule")
     if n < 1 or not 0 < sigma_min < sigma_max:
-        raise SamplingError(f"need n >= 1 and 0 < sigma_min < sigma_max, not n={n}, sigma_min={sigma_min}, sigma_max={sigma_max}")
+        raise SamplingError(f"The schedule needs n >= 1 and 0 < sigma_min < sigma_max, not n={n}, sigma_min={sigma_min}, sigma_max={sigma_max}.")
     return spaced(n, sigma_min, sigma_max)
 
 # %% ../nbs/14_sampling.ipynb #e812ec43
@@ -115,7 +115,7 @@ def sigma_pairs(
     levels = torch.as_tensor(sigmas).tolist()
     pairs = list(zip(levels[:-1], levels[1:]))
     if not pairs or not all(math.inf > sigma > sigma_next >= 0 for sigma, sigma_next in pairs):
-        raise SamplingError("sigmas must be two or more noise levels that decrease at every step, and the last may be 0")
+        raise SamplingError("sigmas must be two or more noise levels that decrease at every step, and the last may be 0.")
     return pairs
 
 
@@ -134,7 +134,7 @@ def check_finite(
     "Raise `SamplingError` with the first noise level at which a network failed; all flags come from the device at once."
     finite = torch.stack([ok for _, ok in looks]).tolist()
     if not all(finite):
-        raise SamplingError(f"the network gave numbers that are not finite at sigma = {looks[finite.index(False)][0]:.4g}")
+        raise SamplingError(f"The network gave numbers that are not finite at sigma = {looks[finite.index(False)][0]:.4g}.")
 
 
 def as_sampler(
@@ -194,9 +194,9 @@ def check_noise(
 ):
     "Raise `SamplingError` if noise is needed and there is none, or if the share of it is not between 0 and 1."
     if not 0 <= eta <= 1:
-        raise SamplingError(f"eta is the share of fresh noise, from 0 to 1, not {eta}")
+        raise SamplingError(f"eta is the share of fresh noise, from 0 to 1, not {eta}.")
     if eta > 0 and noise is None:
-        raise SamplingError("this sampler adds noise at each step: hand in noise(i), as step_noise(seed, indices, shape) makes it")
+        raise SamplingError("This sampler adds noise at each step: hand in noise(i), as step_noise(seed, indices, shape) makes it.")
 
 
 @as_sampler
@@ -393,7 +393,7 @@ def window_places(
 ) -> list:  # of pairs, rows (side, 1) and columns (side,), so that `x[..., rows, cols]` is a window
     "The windows that cover a picture; raises `SamplingError` if it is smaller than one of them."
     if min(height, width) < side:
-        raise SamplingError(f"a picture of {height} x {width} is smaller than the window of {side} x {side}")
+        raise SamplingError(f"A picture of {height} x {width} is smaller than the window of {side} x {side}.")
     tops, lefts = window_starts(height, side, stride), window_starts(width, side, stride, wrap)
     return [((top + torch.arange(side))[:, None], (left + torch.arange(side)) % width) for top in tops for left in lefts]
 
@@ -415,7 +415,7 @@ def windowed(
 ):  # `denoise(x, sigma, label=None) -> denoised` for x (B, C, H, W) of any H, W >= side; goes inside `guided`
     "Denoise overlapping windows and blend the estimates (Bar-Tal et al. 2023, MultiDiffusion, eq. 5)."
     if not 0 < stride <= side:
-        raise SamplingError(f"windows of {side} every {stride} leave gaps: the stride must be from 1 to the side")
+        raise SamplingError(f"Windows of {side} every {stride} leave gaps: the stride must be from 1 to the side.")
 
     def denoise_windowed(x, sigma, label=None):
         places = window_places(*x.shape[-2:], side, stride, wrap)                         # K places

@@ -48,9 +48,9 @@ class UNetConfig:
     def __post_init__(self):
         self.ch_mult, self.attn_resolutions = tuple(self.ch_mult), tuple(self.attn_resolutions)   # JSON gives lists
         if self.size % self.factor:
-            raise UNetError(f"size {self.size} cannot be halved {len(self.ch_mult) - 1} times; use a multiple of {self.factor}")
+            raise UNetError(f"Size {self.size} cannot be halved {len(self.ch_mult) - 1} times; use a multiple of {self.factor}.")
         if self.ch % 2:
-            raise UNetError(f"ch must be even, for as many sines as cosines, not {self.ch}")
+            raise UNetError(f"ch must be even, for as many sines as cosines, not {self.ch}.")
 
     @property
     def factor(self) -> int:
@@ -155,7 +155,7 @@ class UNet(nn.Module):
     ) -> torch.Tensor:  # (B, in_ch, H, W)
         "Run down, across and up; raises `UNetError` for sides that cannot be halved often enough."
         if x.shape[-2] % self.config.factor or x.shape[-1] % self.config.factor:
-            raise UNetError(f"sides {tuple(x.shape[-2:])} must be multiples of {self.config.factor} for this network")
+            raise UNetError(f"Sides {tuple(x.shape[-2:])} must be multiples of {self.config.factor} for this network.")
         emb = self.embed(c_noise, label)                                   # (B, emb_ch)
         h = self.conv_in(x)                                                # (B, ch, H, W)
         skips = [h]

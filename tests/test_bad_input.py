@@ -194,7 +194,7 @@ def test_drawing_what_cannot_be_drawn(whole_run):
     draw = ["generate", "--run", whole_run / "prior"]
     refused(*draw, "--class", "city", keep=whole_run, says=["city", "desert, forest, lake, mountains, sea"])
     refused(*draw, "--sampler", "magic", keep=whole_run, says=["magic", "dpmpp_2m"])
-    refused(*draw, "--steps", 0, keep=whole_run, says=["at least one step"])
+    refused(*draw, "--steps", 0, keep=whole_run, says=["--steps"], code=2)
     refused(*draw, "--n", 0, keep=whole_run, says=["--n"], code=2)
 
 
