@@ -338,13 +338,15 @@ def save_drawn(
 ) -> None:
     "Write pictures as one PNG that holds its settings, and say where it is."
     from image_diffusion.plots import save_png
+    if settings["guidance"] is None:
+        settings["guidance"] = prior.guidance
     save_png(pictures, out, nrow=nrow, info=settings | {"training_steps": prior.step})
     click.echo(f"Drew {len(pictures)} landscape{'s' if len(pictures) > 1 else ''}: {out}")
 
 
 @main.command()
 @prior_options
-@click.option("--n", default=27, type=click.IntRange(min=1), help="Number of pictures; with several --guidance, for each class and strength.")
+@click.option("--n", type=click.IntRange(min=1), help="Number of pictures; with several --guidance, for each class and strength.  [default: 27; 3]")
 @click.option("--class", "name", help="Class of all pictures; `none` for no class.  [default: all classes in turn]")
 @click.option("--guidance", "guidances", multiple=True, type=float, help="1 = none; higher is clearer and less varied; give several for a grid of all "
               "classes at all strengths.  [default: 2, without classes 1]")
@@ -354,12 +356,15 @@ def generate(folder, autoencoder, average, steps, sampler, seed, out, n, name, g
     prior, out = load_prior(folder, autoencoder, average=average), out or folder / f"samples-seed{seed}.png"
     sampling = {"seed": seed, "steps": steps, "sampler": sampler}
     if len(guidances) > 1:
-        pictures, rows, _ = guidance_grid(prior, list(guidances), n, **sampling)
-        return save_drawn(pictures, prior, out, n * len(guidances), guidance=list(guidances), classes=rows, **sampling)
+        if name:
+            raise click.UsageError("Several --guidance draw all classes: leave --class out.")
+        pictures, rows, _ = guidance_grid(prior, list(guidances), n or 3, **sampling)
+        return save_drawn(pictures, prior, out, (n or 3) * len(guidances), guidance=list(guidances), classes=rows, average=average, **sampling)
+    n = n or 27
     names = [class_name(prior, name)] * n if name or not prior.classes else [prior.classes[i % len(prior.classes)] for i in range(n)]
     guidance = guidances[0] if guidances else None
     pictures = draw(prior, class_labels(prior, names, n), guidance=guidance, progress=True, **sampling)
-    save_drawn(pictures, prior, out, 9, guidance=guidance, classes=names, **sampling)
+    save_drawn(pictures, prior, out, 9, guidance=guidance, classes=names, average=average, **sampling)
 
 
 @main.command()
@@ -377,7 +382,7 @@ def interpolate(folder, autoencoder, average, steps, sampler, seed, out, guidanc
     classes = class_name(prior, name), class_name(prior, to or name)
     sampling = {"seed": seed, "steps": steps, "sampler": sampler, "guidance": guidance}
     pictures = walk(prior, classes, first, last, n, **sampling)
-    save_drawn(pictures, prior, out or folder / f"interpolation-seed{seed}.png", n, classes=classes, first=first, last=last, **sampling)
+    save_drawn(pictures, prior, out or folder / f"interpolation-seed{seed}.png", n, classes=classes, first=first, last=last, average=average, **sampling)
 
 
 @main.command()
@@ -394,7 +399,8 @@ def vary(photo, folder, autoencoder, average, steps, sampler, seed, out, guidanc
     x = load_photo(photo, prior.size).expand(n, -1, -1, -1)
     sampling = {"seed": seed, "steps": steps, "sampler": sampler, "guidance": guidance}
     pictures = change(prior, x, noise, class_labels(prior, [class_name(prior, name)] * n, n), **sampling)
-    save_drawn(pictures, prior, out or folder / f"{photo.stem}-varied-seed{seed}.png", n, photo=photo.name, noise=noise, **sampling)
+    save_drawn(pictures, prior, out or folder / f"{photo.stem}-varied-seed{seed}.png", n, photo=photo.name, noise=noise,
+               classes=class_name(prior, name), average=average, **sampling)
 
 
 @main.command()
@@ -411,7 +417,8 @@ def inpaint(photo, mask, folder, autoencoder, average, steps, sampler, seed, out
     x = load_photo(photo, prior.size).expand(n, -1, -1, -1)
     sampling = {"seed": seed, "steps": steps, "sampler": sampler, "guidance": guidance}
     pictures = fill(prior, x, load_mask(mask, photo, prior.size), class_labels(prior, [class_name(prior, name)] * n, n), **sampling)
-    save_drawn(pictures, prior, out or folder / f"{photo.stem}-filled-seed{seed}.png", n, photo=photo.name, mask=mask.name, **sampling)
+    save_drawn(pictures, prior, out or folder / f"{photo.stem}-filled-seed{seed}.png", n, photo=photo.name, mask=mask.name,
+               classes=class_name(prior, name), average=average, **sampling)
 
 
 @main.command()
@@ -425,7 +432,8 @@ def panorama(folder, autoencoder, average, steps, sampler, seed, out, guidance, 
     prior = load_prior(folder, autoencoder, average=average)
     label = class_labels(prior, [class_name(prior, name)], 1).item()
     sampling = {"seed": seed, "steps": steps, "sampler": sampler, "guidance": guidance}
-    save_drawn(draw(prior, label, width, **sampling), prior, out or folder / f"panorama-seed{seed}.png", 1, width=width, **sampling)
+    save_drawn(draw(prior, label, width, **sampling), prior, out or folder / f"panorama-seed{seed}.png", 1, width=width,
+               classes=class_name(prior, name), average=average, **sampling)
 
 
 @main.command()

@@ -12,7 +12,6 @@ __all__ = ['PARAMETERISATIONS', 'LOSS_WEIGHTS', 'SIGMA_MIN', 'SIGMA_MAX', 'NO_SI
 
 # %% ../nbs/13_diffusion.ipynb #80b3ba0a
 import math
-from functools import partial
 
 import torch
 from torch import nn
@@ -124,11 +123,9 @@ LOSS_WEIGHTS = {"min_snr": min_snr_weight, "edm": edm_weight, "eps": eps_weight,
 
 def loss_weight(
     name: str,  # a key of `LOSS_WEIGHTS`
-    gamma: float = 5.0,  # of `min_snr`; the others have no such number
 ):  # function of `sigma`, as `Denoiser.loss` takes it; None for `uniform`, which depends on what the network predicts
     "A weighting by its name; raises `DiffusionError` for one that is not known."
-    weight = find_name(LOSS_WEIGHTS, name, "weighting")
-    return partial(min_snr_weight, gamma=gamma) if name == "min_snr" else weight
+    return find_name(LOSS_WEIGHTS, name, "weighting")
 
 # %% ../nbs/13_diffusion.ipynb #9b983c37
 def per_image(

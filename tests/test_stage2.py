@@ -8,7 +8,7 @@ import torch
 from conftest import type_in
 from image_diffusion.data import prepare
 from image_diffusion.diffusion import LOSS_WEIGHTS, NOISE_LEVELS, PARAMETERISATIONS, DiffusionError
-from image_diffusion.generate import class_labels, generate, inpaint, load_prior, panorama, vary
+from image_diffusion.generate import class_accuracy, class_labels, generate, inpaint, labels_of, load_prior, panorama, show_nearest, vary
 from image_diffusion.latents import load_latents
 from image_diffusion.runs import Run, RunError, read_metrics
 from image_diffusion.train_autoencoder import load_autoencoder, train_autoencoder
@@ -106,6 +106,18 @@ def test_sampling_refuses_what_cannot_be(prior, home, data):
     assert generate(plain, class_labels(plain, None, 1), steps=2).shape == (1, 3, 32, 32)
 
 
+def test_the_probe_knows_photos_and_is_not_fooled_by_other_labels(prior, data):
+    images, labels = data.images[data.dev], labels_of(prior, data, data.dev)
+    right, wrong = class_accuracy(images, labels, prior, data), class_accuracy(images, (labels + 1) % len(prior.classes), prior, data)
+    assert right["value"] == right["floor"] > 0.8 and wrong["value"] < 0.2
+
+
+def test_a_copied_photo_is_its_own_nearest(data):
+    tiles = np.asarray(show_nearest(data.images[data.train[3:4]], data, count=1).axes[0].images[0].get_array())
+    sample, nearest = tiles[2:98, 2:98], tiles[2:98, -98:-2]                       # 32 px, three times as large, in a frame of 2 px
+    assert np.array_equal(sample, nearest) and sample.std() > 10
+
+
 def test_any_number_of_pictures_in_pieces(prior):
     labels = class_labels(prior, [prior.classes[0]] * 5, 5)
     whole, pieces = generate(prior, labels, steps=2), generate(prior, labels, steps=2, batch_size=2)
@@ -131,13 +143,14 @@ def test_commands_draw_and_note_their_settings(home, data, prior, tmp_path):
         result = type_in(*words, "--run", run, "--steps", "2", "--out", str(out))
         assert result.exit_code == 0, result.output
         with Image.open(out) as picture:
-            assert int(json.loads(picture.text["steps"])) == 2 and "seed" in picture.text
-            assert size is None or tuple(picture.size) == size or picture.size[0] >= size[0]
+            assert json.loads(picture.text["steps"]) == 2 and json.loads(picture.text["seed"]) == 0
+            assert json.loads(picture.text["guidance"]) == ([1, 3] if "3" in words and words[0] == "generate" else 2)      # never None
+            assert size is None or picture.size == size
         out.unlink()
 
 
 @pytest.mark.parametrize("words, answer", [
-    (["generate", "--class", "moon"], "classes are"), (["generate", "--sampler", "magic"], "choose one of"), (["generate", "--average", "3"], "between"),
+    (["generate", "--class", "moon"], "classes are"), (["generate", "--class", "sea", "--guidance", "1", "--guidance", "2"], "leave --class out"), (["generate", "--sampler", "magic"], "choose one of"), (["generate", "--average", "3"], "between"),
     (["vary", "nowhere.jpg"], "no picture"), (["vary", "TEXT"], "cannot be used"), (["vary", "ONE"], "smaller than"), (["inpaint", "PHOTO", "ONE"], "cannot be used"),
     (["inpaint", "PHOTO", "WIDE"], "photo's size"), (["panorama", "--width", "31"], "multiple"), (["generate", "--autoencoder", "nowhere"], "nowhere")])
 def test_commands_answer_mistakes_in_one_sentence(home, data, tmp_path, words, answer):

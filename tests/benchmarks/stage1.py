@@ -109,6 +109,12 @@ def train(name, data, minutes, out):
     print(json.dumps(facts | {key: round(value, 4) for key, value in measure(stage, data).items()}), flush=True)
 
 
+def on_one_core():
+    "One thread, and this process's own time as the clock of `training_loop`."
+    torch.set_num_threads(1)
+    training.time = SimpleNamespace(monotonic=time.process_time, perf_counter=time.perf_counter)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", nargs="?", help="photos: anything that `image_diffusion prepare` takes")
@@ -120,8 +126,7 @@ def main():
     if not args.names or set(args.names) - set(CONTESTANTS):
         sys.exit("contestants: " + ", ".join(CONTESTANTS))
     if args.one_core:
-        torch.set_num_threads(1)
-        training.time = SimpleNamespace(monotonic=time.process_time, perf_counter=time.perf_counter)       # the clock of `training_loop`
+        on_one_core()
     folder = args.out / f"data{KL.size}"
     data = load_prepared(folder) if folder.exists() else prepare(args.source, folder, KL.size)
     for name in args.names:

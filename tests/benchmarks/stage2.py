@@ -10,16 +10,14 @@ of that core's time, whatever else the machine does. The same command again goes
 import argparse
 import json
 import sys
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
+from stage1 import on_one_core
 from stage2_step import FirstAttempt
 
-from image_diffusion import training
 from image_diffusion.autoencoder import count_parameters
 from image_diffusion.data import load_prepared, to_bytes
 from image_diffusion.diffusion import Denoiser, sigma_range
@@ -107,8 +105,7 @@ def main():
     if not args.names or set(args.names) - set(CONTESTANTS):
         sys.exit("contestants: " + ", ".join(CONTESTANTS))
     if args.one_core:
-        torch.set_num_threads(1)
-        training.time = SimpleNamespace(monotonic=time.process_time, perf_counter=time.perf_counter)       # the clock of `training_loop`
+        on_one_core()
     data, autoencoder = load_prepared(args.data), load_autoencoder(args.autoencoder)
     latents = cache_latents(autoencoder, data, args.autoencoder, args.autoencoder / f"latents-{data.manifest['sha256'][:12]}")
     for name in args.names:
