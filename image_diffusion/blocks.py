@@ -27,7 +27,7 @@ def group_norm(
     eps=1e-6,       # added to the variance
 ):
     "A `GroupNorm`, refusing with a `ValueError` a width that its groups do not divide."
-    if ch % num_groups:
+    if type(num_groups) is not int or num_groups < 1 or ch % num_groups:
         raise ValueError(f"{ch} channels cannot be split into {num_groups} equal groups: num_groups must divide every width.")
     return GroupNorm(num_groups, ch, eps=eps)
 

@@ -315,7 +315,7 @@ class FSQ(nn.Module):
         super().__init__()
         if min(levels) < 3: raise ValueError(f"Every channel needs at least 3 levels, not {tuple(levels)}.")
         self.z_channels = self.h_channels = len(levels)
-        levels = torch.tensor(levels)
+        levels = torch.tensor(levels, device="cpu")                      # also where the network is built without memory
         self.codebook_size = int(levels.prod())
         self.register_buffer("levels", levels, persistent=False)                                    # (C,)
         self.register_buffer("basis", levels.cumprod(0) // levels, persistent=False)                # (C,) value of a digit

@@ -4,30 +4,34 @@
 
 # %% auto #0
 __all__ = ['SKIES', 'CLASSES', 'PAINTERS', 'MAGIC', 'TIMEOUT', 'RETRIES', 'PAUSE', 'CHUNK', 'HEADERS', 'YANDEX_API',
-           'YANDEX_LINK', 'DRIVE_URL', 'DRIVE_LINK', 'NOT_A_FILE', 'SYNTHETIC', 'SOURCES', 'LHQ_URL', 'MIN_SIDE',
-           'MAX_FILE_BYTES', 'MAX_PIXELS', 'ONE_LARGE', 'LARGE_PIXELS', 'FORMATS', 'TURNS', 'PHOTO_SUFFIXES',
-           'JOB_PHOTOS', 'JOB_BYTES', 'SET_FILES', 'FORMAT_VERSION', 'MANIFEST_KEYS', 'SAVE_SECONDS', 'MAX_SIDE',
-           'Dice', 'hats', 'fractal_line', 'fractal_texture', 'blend', 'smoothstep', 'mix', 'Scene', 'paint_sky',
-           'paint_sun', 'paint_clouds', 'finish', 'paint_layer', 'paint_flanks', 'colours', 'paint_range', 'paint_firs',
-           'paint_sea_water', 'paint_mirror', 'paint_hills', 'paint_mountains', 'paint_sea', 'paint_lake',
-           'paint_forest', 'paint_desert', 'synthetic_landscapes', 'DataError', 'kind_of', 'archive_kind', 'TryAgain',
-           'Remote', 'Download', 'check_status', 'check_start', 'span', 'validator', 'same_file', 'check_room',
-           'receive', 'append', 'reason', 'wait_or_give_up', 'check_sha256', 'finish_download', 'lock_for', 'download',
-           'ask_yandex', 'resolve_yandex', 'drive_id', 'resolve_drive', 'link_behind', 'local_name', 'resolver',
-           'fetch_link', 'fetch_lhq', 'library', 'fetch_lhq_kaggle', 'fetch_lhq_huggingface', 'fetch_local', 'fetch',
-           'turn_upright', 'to_rgb', 'square', 'photo_array', 'try_photo', 'Photo', 'clean_name', 'may_be_photo',
-           'FolderSource', 'ZipSource', 'TarSource', 'open_source', 'folder_labels', 'csv_labels', 'label_photos',
-           'label_settings', 'same_text', 'endings', 'number_classes', 'Plan', 'why_not', 'plan_photos', 'in_chunks',
-           'synthetic_count', 'plan_synthetic', 'in_order', 'Prepared', 'load_prepared', 'Progress', 'images_end',
-           'write_header', 'check_part', 'start_or_go_on', 'write_images', 'save', 'change_count', 'finish_set',
+           'YANDEX_LINK', 'DRIVE_URL', 'DRIVE_LINK', 'NOT_A_FILE', 'SYNTHETIC', 'SOURCES', 'LHQ_URL',
+           'HUGGINGFACE_BYTES', 'MIN_SIDE', 'MAX_FILE_BYTES', 'MAX_PIXELS', 'ONE_LARGE', 'LARGE_PIXELS', 'FORMATS',
+           'TURNS', 'PHOTO_SUFFIXES', 'PACKINGS', 'JOB_PHOTOS', 'JOB_BYTES', 'SET_FILES', 'FORMAT_VERSION', 'MANIFEST',
+           'SAVE_SECONDS', 'MAX_SIDE', 'Dice', 'hats', 'fractal_line', 'fractal_texture', 'blend', 'smoothstep', 'mix',
+           'Scene', 'paint_sky', 'paint_sun', 'paint_clouds', 'finish', 'paint_layer', 'paint_flanks', 'colours',
+           'paint_range', 'paint_firs', 'paint_sea_water', 'paint_mirror', 'paint_hills', 'paint_mountains',
+           'paint_sea', 'paint_lake', 'paint_forest', 'paint_desert', 'synthetic_landscapes', 'DataError', 'kind_of',
+           'archive_kind', 'TryAgain', 'Remote', 'Download', 'check_status', 'check_start', 'span', 'validator',
+           'same_file', 'check_room', 'receive', 'append', 'reason', 'wait_or_give_up', 'check_sha256',
+           'finish_download', 'lock_for', 'download', 'ask_yandex', 'resolve_yandex', 'drive_id', 'resolve_drive',
+           'link_behind', 'local_name', 'shown', 'resolver', 'fetch_link', 'fetch_lhq', 'library', 'fetch_lhq_kaggle',
+           'fetch_lhq_huggingface', 'fetch_local', 'fetch', 'turn_upright', 'to_rgb', 'square', 'photo_array',
+           'shorter_side', 'try_photo', 'Photo', 'clean_name', 'printable', 'may_be_photo', 'FolderSource', 'not_whole',
+           'ZipSource', 'InPieces', 'open_tar', 'members_of', 'content_of', 'TarSource', 'open_source', 'folder_labels',
+           'csv_labels', 'label_photos', 'label_settings', 'same_text', 'endings', 'number_classes', 'Plan', 'why_not',
+           'plan_photos', 'in_chunks', 'synthetic_count', 'plan_synthetic', 'in_order', 'Prepared', 'read_manifest',
+           'sound_skip', 'open_array', 'load_prepared', 'Progress', 'images_end', 'write_header', 'check_part',
+           'start_or_go_on', 'json_or_none', 'sound_note', 'write_images', 'save', 'change_count', 'finish_set',
            'sha256_of', 'file_sha256', 'check_disk', 'check_settings', 'already_prepared', 'is_free', 'move_into_place',
            'run_plan', 'say_what_is_missing', 'make_set', 'source_name', 'is_at_hand', 'check_wishes', 'planned',
-           'prepare', 'check_packed', 'bring_back', 'pack', 'packed_manifest', 'compare_sha256', 'unpack', 'from_bytes',
-           'to_bytes', 'gather', 'load_batch']
+           'prepare', 'check_packed', 'bring_back', 'pack', 'anonymous', 'set_members', 'packed_manifest',
+           'compare_sha256', 'unpack', 'from_bytes', 'to_bytes', 'gather', 'load_batch']
 
 # %% ../nbs/01_data.ipynb #036eb483
+import bz2
 import csv
 import errno
+import gzip
 import hashlib
 import importlib
 import io
@@ -44,7 +48,6 @@ import time
 import unicodedata
 import warnings
 import zipfile
-import zlib
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -501,8 +504,10 @@ class Download:
     @property
     def note(self) -> dict:  # size, validator, sha256 and source; {} if nothing is known: the download begins anew
         try:
-            return json.loads(self.beside(".json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError, ValueError):
+            note = json.loads(self.beside(".json").read_text(encoding="utf-8"))
+            size, validator = note["size"], note["validator"]
+            return note if isinstance(validator, str) and (size is None or type(size) is int and size >= 0) else {}
+        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, RecursionError):
             return {}
 
     def write_note(self, note: dict) -> None:
@@ -608,8 +613,10 @@ def append(answer, start: int, size: int, file: Download) -> None:
 # %% ../nbs/01_data.ipynb #042f5421
 def reason(error: Exception) -> str:
     "A fault on the way in a few words."
-    if isinstance(error, (TryAgain, InvalidURL)):
+    if isinstance(error, TryAgain):
         return str(error).rstrip(".")
+    if isinstance(error, InvalidURL):
+        return "this is no address"
     if isinstance(error, (requests.Timeout, ReadTimeoutError)):
         return "the server fell silent"
     found = re.search(r"\[Errno -?\d+\] ([\w ]+)", str(error))
@@ -622,7 +629,7 @@ def wait_or_give_up(error: Exception, failures: int, file: Download) -> None:
         have = file.bytes_here
         kept = f"; the {have / 1e6:,.1f} MB that came are kept, and the same call goes on from there" if have else ""
         raise DataError(f"could not download '{file.source}': {reason(error)}; check the link and the network, or try again "
-                        f"later{kept}.") from error
+                        f"later{kept}.") from None                                      # the error would show the whole link, with its keys
     pause = PAUSE * 2**failures
     if file.progress:
         print(f"{file.path.name}: {reason(error)}; trying again in {pause:g} s.")
@@ -760,8 +767,13 @@ SOURCES = ("photos can come from a folder, a .zip or .tar file, a web address (h
 
 def local_name(source: str) -> str:
     "A file name that follows from a link, and is nothing but a name."
-    last = unquote(re.sub(r"[?#].*", "", source).rstrip("/").rsplit("/", 1)[-1])
+    last = unquote(re.sub(r"^https?://[^/?#]*@", "", re.sub(r"[?#].*", "", source), flags=re.I).rstrip("/").rsplit("/", 1)[-1])
     return hashlib.sha256(source.encode()).hexdigest()[:8] + "-" + re.sub(r"[^\w.-]+", "_", last)[-40:]
+
+
+def shown(link: str) -> str:
+    "A link as it can be printed: without a password, and without what follows a question mark, which may be a key."
+    return re.sub(r"^(https?://)[^/?#]*@", r"\1", re.sub(r"[?#].*", "?...", link), flags=re.I) if re.match("https?://", link, re.I) else link
 
 
 def resolver(
@@ -774,7 +786,7 @@ def resolver(
         return file_id, lambda session: resolve_drive(session, file_id)
     if re.match(r"https?://", link, re.I) and link.isprintable():
         return link, lambda session: Remote(link)
-    raise DataError(f"'{link}' was not found; {SOURCES}.")
+    raise DataError(f"'{shown(link)}' was not found; {SOURCES}.")
 
 
 def fetch_link(
@@ -785,15 +797,16 @@ def fetch_link(
 ) -> Path:                  # the archive
     "Download what a link leads to, or find what came earlier."
     key, resolve = resolver(link)
-    file = Download(link, Path(downloads).expanduser() / local_name(key), progress)
+    file = Download(link if drive_id(link) else shown(link), Path(downloads).expanduser() / local_name(key), progress)
     if not (file.path.is_file() and file.path.stat().st_size == file.note.get("size")):
         return download(resolve, file, sha256)
-    if sha256 and sha256 != file.note["sha256"]:
+    if sha256 and sha256 != file.note.get("sha256"):
         check_sha256(file.path, sha256, file.path)
     return file.path
 
 # %% ../nbs/01_data.ipynb #f70f08ee
 LHQ_URL = "https://disk.yandex.ru/d/HPEEntpLv8homg"
+HUGGINGFACE_BYTES = 9.3e9
 
 
 def fetch_lhq(downloads="downloads", sha256: str = None, progress: bool = True) -> Path:
@@ -830,6 +843,7 @@ def fetch_lhq_huggingface(downloads="downloads", progress: bool = True) -> Path:
     if path.is_file():
         return path
     datasets, part = library("datasets"), path.with_name(path.name + ".part")
+    check_disk(path.parent, HUGGINGFACE_BYTES, "the photos of LHQ from Hugging Face")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = datasets.load_dataset("larrygzlb1994/lhq_256", split="train", streaming=True)
@@ -948,14 +962,22 @@ def photo_array(
             return square(np.array(to_rgb(turn_upright(image))), size)
 
 
+def shorter_side(file) -> int:
+    "Of the picture in an open file, px."
+    file.seek(0)
+    with Image.open(file, formats=FORMATS) as image:
+        return min(image.size)
+
+
 def try_photo(
     open_file,   # () -> open binary file
     size: int,   # pixels per side
-) -> tuple:      # (array, None), or (None, reason for leaving the file out)
+) -> tuple:      # (array, None or what is to be said of it), or (None, reason for leaving the file out)
     "Prepare one photo, or say why it cannot be used."
     try:
         with open_file() as file:
-            return photo_array(file, size), None
+            array = photo_array(file, size)
+            return array, "smaller than the set's images: enlarged" if shorter_side(file) < size else None
     except UnidentifiedImageError:
         return None, "not an image, or of a kind that Pillow cannot read"
     except DataError as error:
@@ -965,7 +987,7 @@ def try_photo(
     except OSError as error:
         if error.errno not in (None, errno.EACCES, errno.EISDIR, errno.EINVAL):     # not the photo is broken, but the disk or Drive
             raise
-        return None, f"cannot be read: {error}"
+        return None, f"cannot be read: {error.strerror or error}"                   # the error itself may name a place on this machine
     except Exception as error:                                                      # decoders fail in many ways: each is reported
         return None, f"cannot be read: {str(error) or type(error).__name__}"
 
@@ -989,8 +1011,12 @@ PHOTO_SUFFIXES = {suffix for suffix, kind in Image.EXTENSION.items() if kind in 
 
 def clean_name(name: str) -> str:
     "A name that can be shown and stored anywhere: no drive, no `..`, nothing that cannot be printed."
-    parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".", "..") and not part.endswith(":")]
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in "/".join(parts))
+    return printable("/".join(part for part in re.split(r"[/\\]", name) if part not in ("", ".", "..") and not part.endswith(":")))
+
+
+def printable(text: str) -> str:
+    "A text whose control characters, which could rewrite a terminal, are spelled out."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def may_be_photo(name: str) -> bool:
@@ -1035,14 +1061,22 @@ class FolderSource:
         pass
 
 
+def not_whole(file: Path, kind: str, error: Exception) -> DataError:
+    "What to say of an archive that cannot be opened: the disk's fault, or its own."
+    if getattr(error, "errno", None):
+        return DataError(f"'{file}' cannot be read ({error.strerror}); check its permissions and its disk.")
+    reason = str(error).partition("\n")[0].rstrip(":.") or type(error).__name__      # the first of several lines
+    return DataError(f"'{file}' is not a whole .{kind} file ({reason}); download or copy it again.")
+
+
 class ZipSource:
     "The photos of a zip, read where they lie."
 
     def __init__(self, file: Path):
         try:
             self.archive = zipfile.ZipFile(file)
-        except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
-            raise DataError(f"'{file}' is not a whole .zip file ({error}); download or copy it again.") from error
+        except Exception as error:                                                   # damaged ones fail in many ways: each is reported
+            raise not_whole(file, "zip", error) from error
         self.photos = [self.photo(member) for member in self.archive.infolist() if not member.is_dir()]
         self.photos = sorted((p for p in self.photos if may_be_photo(p.name)), key=lambda p: (p.name, p.place.header_offset))
 
@@ -1061,6 +1095,56 @@ class ZipSource:
         self.archive.close()
 
 
+PACKINGS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+
+
+class InPieces:
+    "A file for `tarfile`, which reads as much at once as any header claims: here no more than `most` bytes."
+    most = 2**22
+
+    def __init__(self, file):
+        self.file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= self.most:
+            raise tarfile.ReadError(f"a header in it claims {size:,} bytes")
+        return self.file.read(size)
+
+
+@contextmanager
+def open_tar(file: Path):
+    "A tar, packed or not, for reading; DataError for whatever is wrong with it, OSError for the disk's faults."
+    try:
+        with open(file, "rb") as start:
+            head = start.read(6)
+        opened = next((opener for magic, opener in PACKINGS.items() if head.startswith(magic)), open)
+        with opened(file, "rb") as stream, tarfile.open(fileobj=InPieces(stream), mode="r:") as archive:
+            yield archive
+    except DataError:
+        raise
+    except Exception as error:                                                       # damaged ones fail in many ways: each is reported
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise not_whole(file, "tar", error) from error
+
+
+def members_of(archive: tarfile.TarFile):
+    "The members of an open tar, from front to back; one of negative size would lead back, round and round."
+    for member in archive:
+        if member.size < 0:
+            raise tarfile.ReadError("a header in it has a negative size")
+        yield member
+        archive.members = []                                                         # tarfile would keep them all
+
+
+def content_of(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    "A whole file of an open tar; TarError for one that is too large for the memory."
+    if member.size > MAX_FILE_BYTES:
+        raise tarfile.ReadError(f"'{member.name}' in it has {member.size:,} bytes")
+    file = archive.extractfile(member)
+    return b"".join(iter(lambda: file.read(InPieces.most), b""))
+
+
 class TarSource:
     "The photos of a tar, compressed or not, in its own order; read once to list them and once to open them."
 
@@ -1073,23 +1157,21 @@ class TarSource:
     def members(self):
         "All members of the archive, each with the open archive; DataError if it does not reach its end."
         try:
-            with tarfile.open(self.file) as archive:
-                for member in archive:
+            with open_tar(self.file) as archive:
+                for member in members_of(archive):
                     yield archive, member
-                    archive.members = []                                             # tarfile would keep them all
                 archive.fileobj.seek(archive.offset)                                 # it also stops at the first damaged header
                 end = archive.fileobj.read(512)
                 if len(end) < 512 or any(end):                                       # a whole tar ends in zeros
                     raise tarfile.ReadError("it breaks off or is damaged in the middle")
-        except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-            reason = str(error).partition("\n")[0].rstrip(":")                       # the first of several lines
-            raise DataError(f"'{self.file}' is not a whole .tar file ({reason}); download or copy it again.") from error
+        except OSError as error:
+            raise not_whole(self.file, "tar", error) from error
 
     def open_each(self, photos):
         wanted = {photo.place: photo for photo in photos}
         for place, (archive, member) in enumerate(self.members()):
             if place in wanted:
-                yield wanted[place], partial(io.BytesIO, archive.extractfile(member).read())
+                yield wanted[place], partial(io.BytesIO, content_of(archive, member))
 
     def close(self):
         pass
@@ -1120,7 +1202,7 @@ def csv_labels(
     "A table names the classes; DataError if it cannot be read or knows none of the photos."
     try:
         with open(file, newline="", encoding="utf-8-sig") as lines:
-            table = {same_text(clean_name(row[0].strip())): row[1].strip() for row in csv.reader(lines, strict=True) if len(row) > 1}
+            table = {same_text(clean_name(row[0].strip())): printable(row[1].strip()) for row in csv.reader(lines, strict=True) if len(row) > 1}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"labels: '{file}' cannot be read ({error}); give a CSV file with lines such as 'beach.jpg,sea'.") from error
     found = [next((table[end] for end in endings(same_text(photo.name)) if end in table), "") for photo in photos]
@@ -1261,7 +1343,8 @@ def in_order(jobs, workers: int):
 # %% ../nbs/01_data.ipynb #add09ec8
 SET_FILES = ("manifest.json", "labels.npy", "images.npy")
 FORMAT_VERSION = 2  # 1 shrank with another filter
-MANIFEST_KEYS = {"source", "source_id", "labels", "size", "limit", "split_seed", "num_images", "num_train", "num_dev", "classes", "sha256", "skipped"}
+MANIFEST = {"source": str, "source_id": str, "labels": str, "size": int, "limit": (int, type(None)), "split_seed": int, "num_images": int, "num_train": int,
+            "num_dev": int, "classes": list, "sha256": str, "skipped": list, "seconds": (int, float)}                    # what it must hold
 
 
 @dataclass
@@ -1297,6 +1380,50 @@ class Prepared:
         return self.order[self.manifest["num_train"]:]
 
 
+def read_manifest(
+    text,  # of a manifest.json, str or bytes
+) -> dict:
+    "What a manifest says; ValueError if it is none, or says what cannot be."
+    try:
+        manifest = json.loads(text)
+    except RecursionError:
+        manifest = None
+    if not isinstance(manifest, dict) or "format_version" not in manifest:
+        raise ValueError("its manifest.json is none")
+    if manifest["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"it has format {str(manifest['format_version'])[:20]}, this version reads {FORMAT_VERSION}")
+    wrong = [name for name, kind in MANIFEST.items() if name not in manifest or not isinstance(manifest[name], kind)]
+    if wrong or not (MIN_SIDE <= manifest["size"] <= MAX_SIDE and 0 <= manifest["split_seed"] < 2**63 and 0 <= manifest["seconds"] < 1e12
+                     and 0 < manifest["num_train"] <= manifest["num_images"] == manifest["num_train"] + manifest["num_dev"]
+                     and re.fullmatch("[0-9a-f]{64}", manifest["sha256"]) and all(isinstance(name, str) for name in manifest["classes"])
+                     and all(sound_skip(skipped) for skipped in manifest["skipped"])):
+        raise ValueError(f"its manifest.json says what cannot be{f' of {wrong[0]}' if wrong else ''}")
+    return manifest
+
+
+def sound_skip(skipped) -> bool:
+    "Whether this names a file and the reason why it was left out."
+    return isinstance(skipped, dict) and isinstance(skipped.get("name"), str) and isinstance(skipped.get("reason"), str)
+
+
+def open_array(
+    path: Path,    # a .npy file
+    shape: tuple,  # that the array must have; ... where any length is right
+    dtype,         # of its numbers
+) -> np.ndarray:   # memory-mapped
+    "Open an array as it must be; ValueError, before it takes any memory, if its header says anything else or the file is shorter."
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except OSError:
+        raise
+    except Exception as error:                                                      # numpy reads headers with Python's parser: all kinds of errors
+        raise ValueError(f"{path.name} is no whole array") from error
+    fits = len(array.shape) == len(shape) and all(wanted in (..., found) for wanted, found in zip(shape, array.shape))
+    if not fits or array.dtype != dtype or not array.flags.c_contiguous:
+        raise ValueError(f"{path.name} holds {array.dtype} {array.shape}"[:120])
+    return array
+
+
 def load_prepared(
     folder,  # made by `prepare`
 ) -> Prepared:
@@ -1305,18 +1432,14 @@ def load_prepared(
     if not (folder / "manifest.json").is_file():
         raise DataError(f"'{folder}' holds no prepared photos (no manifest.json); make them with prepare(source, out, size).")
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        if (version := manifest["format_version"]) != FORMAT_VERSION:
-            raise DataError(f"'{folder}' has format {version}, this version reads {FORMAT_VERSION}; delete it and prepare again.")
-        images, labels = np.load(folder / "images.npy", mmap_mode="r"), np.load(folder / "labels.npy")
-        whole = MANIFEST_KEYS <= manifest.keys() and len(labels) == len(images)
-        whole &= images.shape == (manifest["num_images"], manifest["size"], manifest["size"], 3)
-    except DataError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        raise DataError(f"the photos prepared in '{folder}' are damaged ({error}); delete it and prepare again.") from error
-    if not whole:
-        raise DataError(f"the files in '{folder}' do not fit its manifest.json; delete the folder and prepare again.")
+        manifest = read_manifest((folder / "manifest.json").read_bytes())
+        count, size = manifest["num_images"], manifest["size"]
+        images, labels = open_array(folder / "images.npy", (count, size, size, 3), np.uint8), np.array(open_array(folder / "labels.npy", (count,), np.int16))
+        if not -1 <= labels.min() <= labels.max() < len(manifest["classes"]) and (labels != -1).any():
+            raise ValueError("labels.npy names classes that there are not")
+    except (OSError, ValueError) as error:
+        raise DataError(f"the photos prepared in '{folder}' are damaged, or of another version ({getattr(error, 'strerror', None) or error}); "
+                        "delete it and prepare again.") from error
     return Prepared(folder, images, labels, manifest)
 
 # %% ../nbs/01_data.ipynb #8711c0f8
@@ -1330,12 +1453,14 @@ class Progress:
     done: int = 0                                  # photos looked at
     labels: list = field(default_factory=list)     # of the images written
     skipped: list = field(default_factory=list)    # {name, reason} of the rest
+    enlarged: int = 0                              # how many were smaller than the set's images
     seconds: float = 0.0                           # of work
 
-    def add(self, done: int, labels: list, skipped: list, seconds: float):
+    def add(self, done: int, labels: list, skipped: list, enlarged: int, seconds: float):
         self.done, self.seconds = done, seconds
         self.labels += labels
         self.skipped += skipped
+        self.enlarged += enlarged
 
 
 def images_end(count: int, size: int) -> int:
@@ -1366,10 +1491,10 @@ def start_or_go_on(
     check_part(part)
     try:
         lines = (part / "progress.jsonl").read_text().splitlines()
-        begun, written = json.loads(lines[0]), (part / "images.npy").stat().st_size
+        begun, written = json_or_none(lines[0]), (part / "images.npy").stat().st_size
     except (FileNotFoundError, ValueError, IndexError):                             # nothing was begun, or not even the first line
         begun = None
-    if begun is None:
+    if not isinstance(begun, dict):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         with open(part / "images.npy", "wb") as images:
@@ -1378,15 +1503,28 @@ def start_or_go_on(
         return progress
     check_settings(begun, plan.settings, part)
     for number, line in enumerate(lines[1:], 1):
-        try:
-            note = json.loads(line)
-        except ValueError:                                                          # the machine died while it wrote this line
-            note = None
-        if note is None or images_end(len(progress.labels) + len(note["labels"]), size) > written:
+        note = json_or_none(line)
+        if not sound_note(note, progress, plan) or images_end(len(progress.labels) + len(note["labels"]), size) > written:
             (part / "progress.jsonl").write_text("\n".join(lines[:number]) + "\n")
             break
         progress.add(**note)
     return progress
+
+
+def json_or_none(line: str):
+    "What a line of JSON says; None if the machine died while it wrote it."
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def sound_note(note, progress: Progress, plan: Plan) -> bool:
+    "Whether a line of the journal follows on what was noted before it."
+    kinds = {"done": int, "labels": list, "skipped": list, "enlarged": int, "seconds": (int, float)}
+    return (isinstance(note, dict) and note.keys() == kinds.keys() and all(isinstance(note[name], kind) for name, kind in kinds.items())
+            and 0 <= note["seconds"] < 1e12 and progress.done + len(note["labels"]) + len(note["skipped"]) == note["done"] <= plan.count
+            and all(type(label) is int and -1 <= label < max(1, len(plan.classes)) for label in note["labels"]) and all(map(sound_skip, note["skipped"])))
 
 
 def write_images(
@@ -1408,6 +1546,7 @@ def write_images(
             digest.update(block)
             note.labels += [label for _, label, array, _ in results if array is not None]
             note.skipped += [{"name": name, "reason": reason} for name, _, array, reason in results if array is None]
+            note.enlarged += sum(array is not None and reason is not None for _, _, array, reason in results)
             note.done, note.seconds = note.done + len(results), time.monotonic() - start
             bar.update(len(results))
             if time.monotonic() - noted > SAVE_SECONDS:
@@ -1446,7 +1585,8 @@ def finish_set(
     np.save(part / "labels.npy", np.array(progress.labels, np.int16))
     num_dev = min(count - 1, max(1, count // 10))
     manifest = {**plan.settings, "num_images": count, "num_train": count - num_dev, "num_dev": num_dev,
-                "classes": plan.classes, "sha256": sha256, "skipped": plan.skipped + progress.skipped, "seconds": round(progress.seconds, 1)}
+                "classes": plan.classes, "sha256": sha256, "skipped": plan.skipped + progress.skipped, "enlarged": progress.enlarged,
+                "seconds": round(progress.seconds, 1)}
     (part / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
 
@@ -1476,7 +1616,7 @@ def check_disk(place: Path, needed: int, what: str):
 # %% ../nbs/01_data.ipynb #786d2de0
 def check_settings(manifest: dict, settings: dict, place: Path):
     "See that a set is the one asked for."
-    others = [f"{key} {manifest.get(key)!r}, not {value!r}" for key, value in settings.items()
+    others = [f"{key} {repr(manifest.get(key))[:80]}, not {value!r}" for key, value in settings.items()
               if manifest.get(key) != value and key != "source_id"]
     if not others and manifest.get("source_id") != settings.get("source_id", manifest.get("source_id")):
         others = ["the files of the source were others"]
@@ -1536,9 +1676,11 @@ def run_plan(plan: Plan, out: Path, progress: bool, workers: int) -> Prepared:
 
 
 def say_what_is_missing(prepared: Prepared):
-    "Name the files that were left out, and photos without a class where others have one."
+    "Name the files that were left out, and count photos that are too small, or without a class where others have one."
     if skipped := prepared.manifest["skipped"]:
         print(f"Left out {len(skipped):,} files, such as {skipped[0]['name']} ({skipped[0]['reason']}).")
+    if enlarged := prepared.manifest.get("enlarged"):
+        print(f"{enlarged:,} of {len(prepared.labels):,} photos have fewer than {prepared.size} px on a side and were enlarged: they are soft; a smaller size suits them.")
     unlabelled = int((prepared.labels < 0).sum())
     if prepared.classes and unlabelled:
         print(f"{unlabelled:,} of {len(prepared.labels):,} photos have no class.")
@@ -1667,9 +1809,9 @@ def pack(
             print(f"Packing {prepared.folder} into '{file}': {needed / 1e6:,.1f} MB.")
         with tarfile.open(part, "w") as archive:
             for name in SET_FILES:
-                archive.add(prepared.folder / name, name)
-        with tarfile.open(part) as archive:
-            compare_sha256(archive.extractfile("images.npy"), prepared.manifest, part)
+                archive.add(prepared.folder / name, name, filter=anonymous)
+        with open_tar(part) as archive:
+            compare_sha256(archive.extractfile(set_members(archive)["images.npy"]), prepared.manifest, part)
         os.replace(part, file)
     except (OSError, tarfile.TarError) as error:
         raise DataError(f"could not pack the photos into '{file}' ({getattr(error, 'strerror', None) or error}); make room or choose another place.") from error
@@ -1678,18 +1820,28 @@ def pack(
     return file
 
 
+def anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    "A member of a tar that does not tell who packed it."
+    member.uid = member.gid = 0
+    member.uname = member.gname = ""
+    return member
+
+
+def set_members(archive: tarfile.TarFile) -> dict:
+    "The files of a set in an open tar by their names; TarError if one is missing, or is no file of its own."
+    members = {member.name: member for member in members_of(archive) if member.isreg() and member.name in SET_FILES}
+    if missing := [name for name in SET_FILES if name not in members]:
+        raise tarfile.ReadError(f"it holds no {missing[0]}")
+    return members
+
+
 def packed_manifest(file: Path) -> dict:
     "What a packed set says of itself."
     try:
-        with tarfile.open(file) as archive:
-            manifest = json.load(archive.extractfile("manifest.json"))
-            if not MANIFEST_KEYS <= manifest.keys():
-                raise ValueError("its manifest.json lacks what a set needs")
-            if manifest["format_version"] != FORMAT_VERSION:
-                raise ValueError(f"it has format {manifest['format_version']}, this version reads {FORMAT_VERSION}")
-            return manifest
-    except (OSError, tarfile.TarError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).partition("\n")[0].rstrip(":")
+        with open_tar(file) as archive:
+            return read_manifest(content_of(archive, set_members(archive)["manifest.json"]))
+    except (OSError, DataError) as error:
+        reason = getattr(error, "strerror", None) or str(error.__cause__ or error).partition("\n")[0].rstrip(":.")
         raise DataError(f"'{file}' is no packed set of photos that can be read ({reason}); choose another name.") from error
 
 
@@ -1715,18 +1867,23 @@ def unpack(
     if (there := already_prepared(out, {key: manifest[key] for key in ("source_id", "size", "limit", "split_seed", "labels")})) is not None:
         return there
     check_part(part)
+    size = images_end(manifest["num_images"], manifest["size"])
     try:
-        check_disk(out, file.stat().st_size, f"the {manifest['num_images']:,} images of '{file}'")
+        check_disk(out, size, f"the {manifest['num_images']:,} images of '{file}'")
         if progress:
             print(f"Copying {manifest['num_images']:,} images of {manifest['size']} px from '{file}' to '{out}'.")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        with tarfile.open(file) as archive, open(part / "images.npy", "wb") as images:
-            compare_sha256(archive.extractfile("images.npy"), manifest, file, images)
+        with open_tar(file) as archive, open(part / "images.npy", "wb") as images:
+            members = set_members(archive)
+            if members["images.npy"].size != size:
+                raise DataError(f"the images in '{file}' are not as many as its manifest says; delete it and prepare again.")
+            compare_sha256(archive.extractfile(members["images.npy"]), manifest, file, images)
             for name in ("labels.npy", "manifest.json"):
-                (part / name).write_bytes(archive.extractfile(name).read())
+                (part / name).write_bytes(content_of(archive, members[name]))
+        load_prepared(part)
         move_into_place(part, out)
-    except (OSError, tarfile.TarError, KeyError) as error:
+    except OSError as error:
         raise DataError(f"could not copy '{file}' to '{out}' ({getattr(error, 'strerror', None) or error}); make room or prepare again.") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)

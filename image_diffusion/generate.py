@@ -4,18 +4,23 @@
 
 # %% auto #0
 __all__ = ['PROBE_PHOTOS', 'MEASURED', 'PANELS', 'ORIGINALS', 'FIRST_ORIGINAL', 'AUTOENCODER_FIGURES', 'PRIOR_FIGURES', 'FIGURES',
-           'COUNTS', 'Prior', 'load_prior', 'class_labels', 'labels_of', 'decode', 'draw_latents', 'generate',
-           'class_grid', 'guidance_grid', 'slerp', 'between', 'interpolate', 'load_photo', 'encode', 'vary', 'inpaint',
-           'load_mask', 'panorama', 'picture_distances', 'evaluate_prior', 'class_accuracy', 'show_nearest',
-           'evaluate_autoencoder', 'show_reconstructions', 'code_pictures', 'count_codes', 'draw_codebook',
-           'show_codebook', 'plans', 'panels_png', 'curve_section', 'findings', 'doctor_section',
-           'reconstruction_section', 'codebook_section', 'progress_section', 'metric_rows', 'build_report', 'name_runs',
-           'records_of', 'see_doctor', 'write_figure', 'load_all', 'with_codebook', 'show_denoising', 'show_classes',
-           'show_panorama', 'sampler_distances', 'plot_samplers', 'originals', 'make_figure', 'prior_figure']
+           'COUNTS', 'Prior', 'load_prior', 'kind_of_run', 'prior_parts', 'class_labels', 'labels_of', 'decode',
+           'draw_latents', 'in_pieces', 'generate', 'class_grid', 'guidance_grid', 'slerp', 'between', 'interpolate',
+           'load_photo', 'encode', 'vary', 'inpaint', 'load_mask', 'panorama', 'networks_at_hand', 'curve_numbers',
+           'neighbour_records', 'distance_records', 'evaluate_prior', 'probe', 'recognised', 'class_accuracy',
+           'show_nearest', 'reconstruct_photos', 'pair_records', 'evaluate_autoencoder', 'evaluate_seed',
+           'halfway_photos', 'interpolated_fid', 'provenance', 'evaluate_run', 'show_range', 'plot_evaluation',
+           'evaluation_table', 'show_reconstructions', 'code_pictures', 'count_codes', 'draw_codebook', 'show_codebook',
+           'plans', 'panels_png', 'curve_section', 'findings', 'doctor_section', 'reconstruction_section',
+           'codebook_section', 'progress_section', 'metric_rows', 'build_report', 'name_runs', 'records_of',
+           'see_doctor', 'write_figure', 'load_all', 'with_codebook', 'show_denoising', 'show_classes', 'show_panorama',
+           'sampler_distances', 'plot_samplers', 'originals', 'make_figure', 'prior_figure']
 
 # %% ../nbs/16_generate.ipynb #98b0b573
 import json
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +31,17 @@ from tqdm.auto import tqdm
 
 from .autoencoder import Autoencoder
 from .bottleneck import CodebookUsage, code_counts
-from .data import Prepared, from_bytes, load_batch, load_prepared, synthetic_landscapes, to_bytes, try_photo, turn_upright
+from .data import (FORMATS, MAX_SIDE, Prepared, file_sha256, from_bytes, load_batch, load_prepared, synthetic_landscapes, to_bytes, try_photo,
+                                  turn_upright)
 from .diffusion import Denoiser, sigma_range
-from .fid import (collect_features, collect_stats, distance_record, features_at_hand, fid_missing_reason, frechet_distance, in_batches,
-                                 psnr, reference_stats)
+from .fid import (ENOUGH, SEED_ORIGINALS, at_infinity, bias_curve, check_enough, collect_features, collect_samples, collect_stats, cut_off,
+                                 distance_record, features_at_hand, fid_missing_reason, frechet_distance, in_batches, key_digest, kid, neighbour_shares, photo_stats,
+                                 psnr, ssim)
 from .latents import LatentScale, autoencoder_sha256, show_latents
+from .perceptual import VGG16, perceptual_at_hand
 from .plots import Picture, figure_png, image_grid, plot_metrics, show_images, show_rows
-from .runs import Run, RunError, Section, load_snapshot, read_metrics, write_report, write_verified
+from .runs import (Run, RunError, Section, load_network, load_snapshot, newest_snapshot, read_json, read_metrics, write_json, write_report,
+                                  write_verified)
 from .sampling import SAMPLERS, inpainted, num_evaluations, sample_noise, windowed
 from .train_autoencoder import PRESETS as AUTOENCODERS
 from .train_autoencoder import TRENDS, find_preset, load_autoencoder, plan_autoencoder, plot_trends
@@ -77,18 +86,44 @@ def load_prior(
     precision = precision or Precision.pick()
     run = Run.load(folder)
     tensors, config = load_snapshot(folder)
-    if not {"unet", "noise_levels"} <= config.keys():
+    if not {"unet", "noise_levels", "parameterisation", "classes", "latent_shape", "autoencoder"} <= config.keys():
         raise RunError(f"{folder} is not the run of a prior, or one of an older version: give a folder that train-diffusion wrote.")
-    autoencoder = Path(autoencoder or run.folder / run.config["autoencoder"])
+    autoencoder = Path(autoencoder or run.folder / str(run.config.get("autoencoder")))
     if autoencoder_sha256(autoencoder) != config["autoencoder"]:
         raise RunError(f"The autoencoder in {autoencoder} is not the one that this prior was trained with: give the right one with --autoencoder.")
-    denoiser = Denoiser(UNet(UNetConfig(**config["unet"])), config["parameterisation"])
-    weights = tensors if average is None else choose_average(folder, average)
-    denoiser.net.load_state_dict({name[4:]: value for name, value in weights.items() if name.startswith("net.")})
-    scale = LatentScale(tensors["scale.mean"], tensors["scale.std"])
+    weights = tensors if average is None else tensors | choose_average(folder, average)
+    parts, autoencoder = load_network(lambda: prior_parts(config), weights, folder), load_autoencoder(autoencoder)
+    if not (parts["scale"].std > 0).all() or autoencoder.bottleneck.z_channels != config["latent_shape"][0]:
+        raise RunError(f"The snapshot in {folder} has a latent scale that cannot be, or that of another autoencoder: restore it from a copy, or train it again.")
     place = lambda module: precision.place(module).eval().requires_grad_(False)
-    return Prior(place(denoiser), place(scale), place(load_autoencoder(autoencoder)), config["classes"],
+    return Prior(place(Denoiser(parts["net"], config["parameterisation"])), place(parts["scale"]), place(autoencoder), config["classes"],
                  tuple(config["latent_shape"]), sigma_range(config["noise_levels"]), config["step"], precision)
+
+
+def kind_of_run(
+    config: dict,  # of a run
+):
+    "KL, VQ, FSQ or prior; None for the config of anything else."
+    with suppress(KeyError, TypeError, AttributeError):
+        if config["stage"] == "diffusion":
+            return "prior"
+        if config["stage"] == "autoencoder" and 0 < config["recipe"]["size"] <= MAX_SIDE:
+            return config["recipe"]["model"]["bottleneck"].upper()
+
+
+def prior_parts(
+    config: dict,  # of a prior's snapshot
+) -> torch.nn.ModuleDict:
+    "The network and the latent scale that a prior's config describes, under the names of the snapshot's tensors; ValueError for a config that contradicts itself."
+    unet = UNetConfig(**config["unet"])
+    if config["latent_shape"] != [unet.in_ch, unet.size, unet.size] or not 0 < unet.size <= MAX_SIDE:
+        raise ValueError("its latents are of another shape than its network's")
+    if len(config["classes"]) != unet.num_classes or not all(isinstance(name, str) for name in config["classes"]):
+        raise ValueError("its classes are not those of its network")
+    with torch.device("cpu"):                                    # it computes numbers, also while the network is built without memory
+        sigma_range(config["noise_levels"])
+    net = Denoiser(UNet(unet), config["parameterisation"]).net
+    return torch.nn.ModuleDict({"net": net, "scale": LatentScale(torch.zeros(unet.in_ch), torch.ones(unet.in_ch))})
 
 # %% ../nbs/16_generate.ipynb #5bcbd758
 def class_labels(
@@ -149,6 +184,17 @@ def draw_latents(
         return sample_latents(denoiser or prior.denoiser, shape or prior.latent_shape, labels, indices, guidance=guidance, levels=levels or prior.levels, **sampling)
 
 
+def in_pieces(
+    draw,                    # `draw(piece)`: pictures (B,3,H,W) of a slice of the order
+    n: int,                  # pictures ordered
+    batch_size: int = 64,    # pictures drawn at a time
+    progress: bool = False,  # show a bar with the time left
+) -> torch.Tensor:
+    "Pictures (n,3,H,W) on the CPU, drawn piece by piece."
+    with tqdm(range(0, max(1, n), batch_size), desc="draw", unit="batch", disable=not progress, mininterval=1.0) as starts:   # an error gets a line of its own
+        return torch.cat([draw(slice(start, min(n, start + batch_size))).cpu() for start in starts])
+
+
 def generate(
     prior: Prior,
     labels: torch.Tensor,    # (N,) from `class_labels`
@@ -160,12 +206,10 @@ def generate(
     **sampling,              # steps, sampler, schedule, interval of `sample_latents`
 ) -> torch.Tensor:
     "Draw pictures (N,3,H,W) float32 in [-1,1] on the CPU. RunError as for `draw_latents`."
-    pictures = []
-    for piece in tqdm(torch.arange(max(1, len(labels))).split(batch_size), desc="draw", unit="batch", disable=not progress, mininterval=1.0):
+    def draw(piece):
         strength = guidance[piece] if torch.is_tensor(guidance) else guidance
-        z = draw_latents(prior, labels[piece[:len(labels)].to(labels.device)], (piece + first).tolist(), strength, seed=seed, **sampling)
-        pictures.append(decode(prior, z).cpu())
-    return torch.cat(pictures)
+        return decode(prior, draw_latents(prior, labels[piece], range(first + piece.start, first + piece.stop), strength, seed=seed, **sampling))
+    return in_pieces(draw, len(labels), batch_size, progress)
 
 
 def class_grid(
@@ -233,8 +277,10 @@ def interpolate(
     (a, b), t = sample_noise(seed, [first, last], prior.latent_shape), torch.linspace(0, 1, n)
     noise = torch.stack([slerp(a, b, share) for share in t.tolist()]).to(prior.precision.device)                # (n,C,h,w)
     here, there = (class_labels(prior, [name] * n, n) for name in classes)                                       # (n,)
-    denoiser = prior.denoiser if classes[0] == classes[1] else between(prior.denoiser, there, t.to(there.device))
-    return decode(prior, draw_latents(prior, here, range(n), seed=seed, noise=noise, denoiser=denoiser, **sampling)).cpu()
+    def draw(piece):
+        denoiser = prior.denoiser if classes[0] == classes[1] else between(prior.denoiser, there[piece], t[piece].to(there.device))
+        return decode(prior, draw_latents(prior, here[piece], range(piece.start, piece.stop), seed=seed, noise=noise[piece], denoiser=denoiser, **sampling))
+    return in_pieces(draw, n)
 
 # %% ../nbs/16_generate.ipynb #7f819e96
 def load_photo(
@@ -245,7 +291,7 @@ def load_photo(
     if not Path(path).is_file():
         raise RunError(f"There is no picture {path}: check the path.")
     pixels, reason = try_photo(lambda: open(path, "rb"), size)
-    if reason:
+    if pixels is None:
         raise RunError(f"{path} cannot be used: {reason}. Give a JPEG, PNG or another common format.")
     return from_bytes(pixels[None])
 
@@ -274,8 +320,10 @@ def vary(
     low, high = prior.levels
     if not low < sigma <= high * 1.001:
         raise RunError(f"The noise level must lie above {low:.2g} and be {high:.4g} at most, not {sigma:g}.")
-    z = draw_latents(prior, labels, range(len(x)), start=encode(prior, x), levels=(low, min(sigma, high)), **sampling)
-    return decode(prior, z).cpu()
+    def draw(piece):
+        z = encode(prior, x[piece])
+        return decode(prior, draw_latents(prior, labels[piece], range(piece.start, piece.stop), start=z, levels=(low, min(sigma, high)), **sampling))
+    return in_pieces(draw, len(x))
 
 # %% ../nbs/16_generate.ipynb #d83e3795
 def inpaint(
@@ -288,10 +336,13 @@ def inpaint(
     "Draw what the mask leaves open: pictures (B,3,H,W). RunError for a mask of another size."
     if mask.shape[1:] != (1, *x.shape[2:]) or len(mask) not in (1, len(x)):
         raise RunError(f"The mask is of shape {tuple(mask.shape)}, the pictures of {tuple(x.shape)}: a mask has one channel and the same sides.")
-    z, hole = encode(prior, x), (mask > 0.5).float()                                              # (B,C,h,w), (B,1,H,W)
-    open_z = F.max_pool2d(hole, prior.autoencoder.factor).to(z.device)                            # (B,1,h,w): open if any of its pixels is
-    drawn = draw_latents(prior, labels, range(len(x)), start=z * (1 - open_z), change=lambda denoise: inpainted(denoise, z, open_z), **sampling)
-    return torch.where(hole.bool(), decode(prior, drawn).cpu(), x.cpu())
+    hole = (mask > 0.5).float().expand(len(x), -1, -1, -1)                                        # (B,1,H,W)
+    def draw(piece):
+        z = encode(prior, x[piece])                                                               # (b,C,h,w)
+        open_z = F.max_pool2d(hole[piece], prior.autoencoder.factor).to(z.device)                 # (b,1,h,w): open if any of its pixels is
+        return decode(prior, draw_latents(prior, labels[piece], range(piece.start, piece.stop), start=z * (1 - open_z),
+                                          change=lambda denoise: inpainted(denoise, z, open_z), **sampling))
+    return torch.where(hole.bool(), in_pieces(draw, len(x)), x.cpu())
 
 
 def load_mask(
@@ -300,8 +351,8 @@ def load_mask(
     size: int,    # side that is wanted, px
 ) -> torch.Tensor:
     "The middle square of a mask as (1,1,size,size) of 0 and 1. RunError if it is no picture, or of another size than the photo."
-    grey = load_photo(path, size).mean(1, keepdim=True)
-    sides = [turn_upright(Image.open(file)).size for file in (path, photo)]
+    grey, _ = load_photo(path, size).mean(1, keepdim=True), load_photo(photo, size)      # both can be read, by a decoder that is welcome
+    sides = [turn_upright(Image.open(file, formats=FORMATS)).size for file in (path, photo)]
     if sides[0] != sides[1]:
         raise RunError("The mask {} is {} x {} px, the photo {} is {} x {} px: make a mask of the photo's size.".format(path, *sides[0], photo, *sides[1]))
     return (grey > 0).float()
@@ -324,47 +375,111 @@ def panorama(
     return decode(prior, z).cpu()
 
 # %% ../nbs/16_generate.ipynb #3626beb3
-def picture_distances(
-    images,             # uint8 (N,H,W,3): samples or reconstructions
-    data: Prepared,     # its dev split is the reference
-    floor_rows=None,    # rows of real photos whose distance is the floor; None: no floor is given
-    prefix: str = "",   # "r" for reconstructions
-    **provenance,       # what the pictures are and how they were made
+def networks_at_hand(**resize) -> list:
+    "See `features_at_hand`; on the device that networks run on."
+    return [features.to(Precision.pick().device) for features in features_at_hand(**resize)]
+
+
+def curve_numbers(
+    stats,      # FeatureStats with vectors, of the pictures in question
+    floor,      # of as many real photos
+    reference,  # of the real photos that both are compared with
+) -> dict:
+    "The distances of growing parts of samples and of real photos; and where their lines end for infinitely many, if even the smallest part spans all dimensions."
+    curves = {"curve": bias_curve(stats.features, reference), "floor_curve": bias_curve(floor.features, reference)}
+    straight = min(points[0]["n"] for points in curves.values()) > stats.dim                      # below, the line is none
+    return curves | ({"at_infinity": at_infinity(curves["curve"])[0], "floor_at_infinity": at_infinity(curves["floor_curve"])[0]} if straight else {})
+
+
+def neighbour_records(
+    features,   # Features
+    stats,      # FeatureStats with vectors, of the samples
+    floor,      # of as many train photos
+    reference,  # of the dev photos
+    made: dict,
 ) -> list:
-    "One record per feature network at hand, against all dev photos; and one that says why, where FID is missing."
-    records, key = [], {"data": data.manifest["sha256"], "split": "dev"}
-    for features in features_at_hand():
-        features = features.to(Precision.pick().device)
-        reference = reference_stats(data.folder / "stats" / f"{features.name}.npz", in_batches(data.images, data.dev), features, key)
-        record = distance_record(features, collect_stats(in_batches(images), features), reference, **provenance)
-        if floor_rows is not None:
-            record["floor"] = frechet_distance(collect_stats(in_batches(data.images, floor_rows), features), reference)
-            record["n_floor"] = len(floor_rows)
-        records.append(record | {"name": prefix + record["name"]})
+    "Kernel distance, precision, recall, density and coverage, each beside what real photos get."
+    facts = {"n": stats.num_images, "n_floor": floor.num_images, "n_reference": reference.num_images, "dim": features.dim, "features": features.detail} | made
+    (value, error), (floor_value, floor_error) = (kid(s.features, reference.features) for s in (stats, floor))
+    shares, floor_shares = (neighbour_shares(s.features, reference.features) for s in (stats, floor))
+    return [{"name": features.kernel_name, "value": value, "error": error, "floor": floor_value, "floor_error": floor_error} | facts,
+            *({"name": f"{name}, {features.name}", "value": share, "floor": floor_shares[name]} | facts for name, share in shares.items())]
+
+
+def distance_records(
+    collected: dict,        # features' name -> FeatureStats with vectors, of the pictures in question
+    networks: list,         # of Features
+    data: Prepared,         # its first `dev` photos are the reference, as many train photos as pictures the floor
+    dev: int = None,        # photos of the dev split compared with; None: all
+    prefix: str = "",       # "r" for reconstructions
+    samples: bool = False,  # samples, which have more to be asked of the best network than a distance
+    curves: bool = False,   # the bias curve of the best network, too
+    **made,                 # what the pictures are and how they were made
+) -> list:
+    "One record for each network; of the best one, for samples, also KID and shares of neighbours; and one that says why, where FID is missing."
+    records = []
+    for features in networks:
+        stats, best = collected[features.name], features is networks[0]
+        reference, floor = photo_stats(data, "dev", features, dev), photo_stats(data, "train", features, stats.num_images)
+        record = distance_record(features, stats, reference, **made) | {"floor": frechet_distance(floor, reference), "n_floor": floor.num_images}
+        extra = curve_numbers(stats, floor, reference) if curves and best else {}
+        records.append(record | extra | {"name": prefix + features.name})
+        enough = min(s.num_images for s in (stats, reference, floor)) > 5                         # for shares of neighbours
+        records += neighbour_records(features, stats, floor, reference, made) if samples and best and enough else []
     if reason := fid_missing_reason():
-        records.append({"name": f"{prefix}FID", "value": None, "reason": f"{prefix}{reason}"} | provenance)
+        records.append({"name": f"{prefix}FID", "value": None, "reason": f"{prefix}{reason}"} | made)
     return records
 
 
 def evaluate_prior(
     prior: Prior,
     data: Prepared,
-    count: int = 512,        # samples drawn
+    count: int = 2048,       # samples drawn
     seed: int = 1,           # not 0, which the grids show
     guidance: float = None,  # None: the default, which is 1 without classes
     steps: int = 20,
     sampler: str = "dpmpp_2m",
+    few: bool = False,       # whether too few pictures for a distance are wanted all the same
+    curves: bool = False,    # the bias curve, too
+    kept: Path = None,       # file that keeps samples drawn so far, so that the same call goes on after a kill
+    key: dict = None,        # what else they depend on: the prior's weights
 ) -> list:
-    "Draw samples in the class proportions of the train split and compare them with the dev photos; see `picture_distances` and `class_accuracy`."
-    labels = labels_of(prior, data, np.random.default_rng(seed).choice(data.train, count))
-    images = to_bytes(generate(prior, labels, seed, guidance=guidance, steps=steps, sampler=sampler, progress=True)).numpy()
+    "Draw samples in the class proportions of the train split and compare them with the dev photos; see `distance_records` and `class_accuracy`. FIDError for too few."
+    check_enough(count, len(data.dev), few)
+    labels, networks = labels_of(prior, data, np.random.default_rng(seed).choice(data.train, count)), networks_at_hand()
     made = {"of": "samples", "reference": "dev", "seed": seed, "sampler": sampler, "steps": steps,
             "guidance": prior.guidance if guidance is None else guidance, "training_steps": prior.step}
-    records = picture_distances(images, data, data.train[:count], **made)
-    return records + ([class_accuracy(images, labels.cpu(), prior, data) | made] if prior.classes else [])
+    def sample(indices):
+        return generate(prior, labels[indices.start:indices.stop], seed, indices.start, guidance, steps=steps, sampler=sampler)
+    collected = collect_samples(sample, count, networks, kept, {"key": key} | made, progress=True)
+    records = distance_records(collected, networks, data, samples=True, curves=curves, **made)
+    return records + ([recognised(collected[probe(networks).name].features, labels.cpu(), prior, data, probe(networks)) | made] if prior.classes else [])
 
 
 PROBE_PHOTOS = 5000   # train photos, at most, that the probe learns its classes from
+
+
+def probe(
+    networks: list,  # from `networks_at_hand`
+):
+    "The features that classes are recognised by: without Inception, lite0."
+    return networks[-2] if len(networks) > 1 else networks[-1]
+
+
+def recognised(
+    found: torch.Tensor,   # (N,D) vectors of samples
+    labels: torch.Tensor,  # (N,) the classes that were asked for
+    prior: Prior,
+    data: Prepared,
+    features,              # Features that the vectors come from
+) -> dict:
+    "The share of samples in whose class a probe puts them: the nearest mean of features over each class's train photos. Its floor is the same on dev photos."
+    train, dev = (F.normalize(photo_stats(data, split, features, count).features, dim=1) for split, count in (("train", PROBE_PHOTOS), ("dev", None)))     # (N,D)
+    train_labels, dev_labels = labels_of(prior, data, data.train[:PROBE_PHOTOS]).cpu(), labels_of(prior, data, data.dev).cpu()
+    known = train_labels[train_labels >= 0].unique()                                                          # (K,) a class without photos has no mean
+    means = torch.stack([train[train_labels == label].mean(0) for label in known])                            # (K,D)
+    share = lambda found, asked: (known[torch.cdist(found, means).argmin(1)] == asked)[asked >= 0].float().mean().item()
+    return {"name": "asked class recognised", "value": share(F.normalize(found, dim=1), labels), "floor": share(dev, dev_labels), "n": len(found), "features": features.detail}
 
 
 def class_accuracy(
@@ -373,16 +488,9 @@ def class_accuracy(
     prior: Prior,
     data: Prepared,
 ) -> dict:
-    "The share of samples in whose class a probe puts them: the nearest mean of features over each class's train photos. Its floor is the same on dev photos."
-    features = features_at_hand()[-2 if len(features_at_hand()) > 1 else -1].to(Precision.pick().device)      # without Inception, lite0
-    look = lambda pictures: F.normalize(collect_features(pictures, features).float(), dim=1)                  # (N,D)
-    rows = data.train[:PROBE_PHOTOS]
-    train, dev = look(in_batches(data.images, rows)), look(in_batches(data.images, data.dev))
-    train_labels, dev_labels = labels_of(prior, data, rows).cpu(), labels_of(prior, data, data.dev).cpu()
-    known = train_labels[train_labels >= 0].unique()                                                          # (K,) a class without photos has no mean
-    means = torch.stack([train[train_labels == label].mean(0) for label in known])                            # (K,D)
-    share = lambda found, asked: (known[torch.cdist(found, means).argmin(1)] == asked)[asked >= 0].float().mean().item()
-    return {"name": "asked class recognised", "value": share(look(in_batches(images)), labels), "floor": share(dev, dev_labels), "n": len(images), "features": features.detail}
+    "How often the class of samples is recognised, see `recognised`."
+    features = probe(networks_at_hand())
+    return recognised(collect_features(images, features), labels, prior, data, features)
 
 
 def show_nearest(
@@ -398,28 +506,220 @@ def show_nearest(
     titles = (["sample"] + [f"nearest {i + 1}" for i in range(count)]) * min(2, len(images))                  # two samples in a row
     return show_images(tiles, nrow=len(titles), col_labels=titles)
 
-
-MEASURED = {"dev_psnr": "PSNR, dB", "dev_ssim": "SSIM", "dev_codes_used": "codes used", "dev_perplexity": "perplexity"}
-
-
+# %% ../nbs/16_generate.ipynb #9de740e9
 @torch.no_grad()
+def reconstruct_photos(
+    folder: Path,        # run folder of an autoencoder
+    data: Prepared,
+    rows,                # of the data
+    drawn: bool = False,  # decode a latent drawn from the posterior instead of the best one
+    as_bytes=to_bytes,   # how floats become bytes
+) -> np.ndarray:
+    "Reconstructions of photos, uint8 (N,H,W,3)."
+    precision, images = Precision.pick(), []
+    autoencoder = precision.place(load_autoencoder(folder))
+    for piece in tqdm(torch.as_tensor(rows).split(64), desc="reconstruct", unit="batch", mininterval=1.0):
+        with precision.autocast():
+            h = autoencoder.encode(load_batch(data.images, piece.numpy(), precision.device))
+            mean, logvar = autoencoder.latent(h)                                                  # (B,C,h,w) each, or None
+            z = mean if logvar is None or not drawn else mean + torch.exp(logvar / 2) * torch.randn_like(mean)
+            images.append(as_bytes(autoencoder.decode_latent(z).float()).cpu())
+    return torch.cat(images).numpy()
+
+
+MEASURED = {"dev_codes_used": "codes used", "dev_perplexity": "perplexity"}
+
+
+def pair_records(
+    images: np.ndarray,  # uint8 (N,H,W,3), reconstructions
+    data: Prepared,
+    rows,                # of their originals
+) -> list:
+    "PSNR, SSIM and the perceptual distance at hand, means over pictures with their standard errors."
+    measures, values = {"PSNR, dB": psnr, "SSIM": ssim}, {}
+    module, name = perceptual_at_hand()
+    if module is not None:
+        module = module.to(Precision.pick().device)
+        measures[name if name == "LPIPS" else f"perceptual distance, {name}"] = lambda x, x_rec: module(x.to(Precision.pick().device), x_rec.to(Precision.pick().device)).cpu()
+    with torch.no_grad():
+        for piece in torch.arange(len(rows)).split(64):
+            x, x_rec = load_batch(data.images, np.asarray(rows)[piece.numpy()]), from_bytes(images[piece.numpy()])
+            for measure, of in measures.items():
+                values.setdefault(measure, []).append(of(x, x_rec))
+    records = [{"name": measure, "value": torch.cat(v).mean().item(), "error": torch.cat(v).std().item() / len(rows) ** 0.5, "n": len(rows)} for measure, v in values.items()]
+    return records if name == "LPIPS" else [*records, {"name": "LPIPS", "value": None, "reason": f"LPIPS: not computed, because {VGG16.missing()}."}]
+
+
 def evaluate_autoencoder(
     folder: Path,           # run folder of a finished autoencoder
     data: Prepared,
-    count: int = 1024,      # dev photos reconstructed
+    count: int = None,      # dev photos reconstructed; None: all
+    few: bool = False,      # whether too few photos for a distance are wanted all the same
+    images: np.ndarray = None,  # their reconstructions, if they are there already
 ) -> list:
-    "PSNR, SSIM and codebook use as measured at the end of training, and the distances of reconstructions to dev photos (`picture_distances`)."
-    precision, run, images = Precision.pick(), Run.load(folder), []
-    autoencoder = precision.place(load_autoencoder(folder))
-    for rows in tqdm(torch.as_tensor(data.dev[:count]).split(64), desc="reconstruct", unit="batch", mininterval=1.0):
-        with precision.autocast():
-            images.append(to_bytes(autoencoder.reconstruct(load_batch(data.images, rows.numpy(), precision.device)).float()).cpu())
-    kind = run.config["recipe"]["model"]["bottleneck"].upper()
-    made = {"of": f"reconstructions {kind}", "reference": "dev", "seed": run.config["recipe"]["seed"], "training_steps": run.finished["step"],
+    "PSNR, SSIM, LPIPS, codebook use (as measured at the end of training) and distances (`distance_records`) of reconstructions of dev photos. FIDError for too few."
+    run, rows = Run.load(folder), data.dev[:count]
+    check_enough(len(rows), len(rows), few)
+    images = reconstruct_photos(folder, data, rows) if images is None else images
+    made = {"of": f"reconstructions {kind_of_run(run.config)}", "reference": "dev", "seed": run.config["recipe"]["seed"], "training_steps": run.finished["step"],
             "perceptual_loss": load_snapshot(folder)[1]["perceptual"]}
-    records = [{"name": name, "value": run.finished[key], "n": run.finished["dev_images"]} | made
-               for key, name in MEASURED.items() if key in run.finished]
-    return records + picture_distances(torch.cat(images).numpy(), data, prefix="r", **made)
+    codes = [{"name": name, "value": run.finished[key], "n": run.finished["dev_images"]} for key, name in MEASURED.items() if key in run.finished]
+    networks = networks_at_hand()
+    collected = {features.name: collect_stats(images, features, keep=True) for features in networks}
+    return [record | made for record in pair_records(images, data, rows) + codes] + distance_records(collected, networks, data, len(rows), "r", **made)
+
+# %% ../nbs/16_generate.ipynb #bc965985
+def evaluate_seed(
+    folder: Path,    # run folder of an autoencoder
+    data: Prepared,
+) -> list:
+    "The first attempt's reconstruction FID: drawn latents, bytes cut off, legacy resizing, all dev photos against the first 192 of them; the floor is that of perfect reconstructions."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        images = reconstruct_photos(folder, data, data.dev, True, cut_off)
+    originals = np.concatenate([cut_off(from_bytes(batch)).numpy() for batch in in_batches(data.images, data.dev)])
+    made = {"of": f"reconstructions {kind_of_run(Run.load(folder).config)}", "reference": f"the first {SEED_ORIGINALS} of dev", "protocol": "seed", "seed": 0}
+    records = []
+    for features in networks_at_hand(resize="legacy"):
+        first = collect_stats(originals[:SEED_ORIGINALS], features)
+        record = distance_record(features, collect_stats(images, features), first, **made)
+        records.append(record | {"name": f"r{features.name}", "floor": frechet_distance(collect_stats(originals, features), first), "n_floor": len(originals)})
+    return records + ([{"name": "rFID", "value": None, "reason": f"r{reason}"} | made] if (reason := fid_missing_reason()) else [])
+
+# %% ../nbs/16_generate.ipynb #178fde90
+@torch.no_grad()
+def halfway_photos(
+    folder: Path,        # run folder of an autoencoder
+    data: Prepared,
+    rows,                # photos, among which neighbours are sought
+    share: float = 0.5,  # of the way to the neighbour
+) -> np.ndarray:
+    "What latents between photos and their nearest neighbours decode to, uint8 (N,H,W,3)."
+    precision = Precision.pick()
+    autoencoder, pieces = precision.place(load_autoencoder(folder)), torch.as_tensor(rows).split(64)
+    with precision.autocast():
+        z = torch.cat([autoencoder.latent(autoencoder.encode(load_batch(data.images, piece.numpy(), precision.device)))[0].float().cpu() for piece in pieces])   # (N,C,h,w)
+    flat = ((z - z.mean((0, 2, 3), keepdim=True)) / z.std((0, 2, 3), keepdim=True)).flatten(1)            # (N,C*h*w) each channel counts alike
+    nearest = torch.cat([torch.cdist(part, flat).topk(2, largest=False).indices[:, 1] for part in flat.split(1024)])      # (N,), the first is itself
+    between = torch.lerp(z, z[nearest], share)
+    with precision.autocast():
+        return torch.cat([to_bytes(autoencoder.decode_latent(part.to(precision.device)).float()).cpu() for part in between.split(64)]).numpy()
+
+
+def interpolated_fid(
+    folder: Path,         # run folder of an autoencoder
+    data: Prepared,
+    count: int = 2048,    # train photos, at most
+    share: float = 0.5,   # of the way to the nearest neighbour; 0 gives the rFID of the same photos
+    features=None,        # Features; None: the best at hand
+) -> dict:                # a record
+    "Interpolated-latent FID (Xu et al. 2026): how far pictures decoded halfway between photos are from the photos. To compare autoencoders on the same photos."
+    features, rows = features or networks_at_hand()[0], data.train[:count]
+    stats = collect_stats(halfway_photos(folder, data, rows, share), features)
+    record = distance_record(features, stats, photo_stats(data, "train", features, count), of="latents between photos", reference="train", share=share)
+    return record | {"name": f"i{features.name}"}
+
+# %% ../nbs/16_generate.ipynb #be82166f
+def provenance(
+    folder: Path,    # a run folder
+    data: Prepared,
+    **asked,         # what was asked for
+) -> dict:
+    "What every number of an evaluation depends on; JSON-able."
+    run, snapshot, precision = Run.load(folder), newest_snapshot(folder), Precision.pick()
+    facts = {key: data.manifest[key] for key in ("sha256", "source", "size", "num_images", "num_train", "num_dev", "split_seed")}
+    return {"run": run.folder.name, "kind": kind_of_run(run.config), "preset": run.config.get("preset"), "snapshot": snapshot.name, "snapshot_sha256": file_sha256(snapshot),
+            "data": facts, "device": precision.device, "dtype": str(precision.dtype).removeprefix("torch."),
+            "versions": {name: version(name) for name in ("image_diffusion", "torch", "torchmetrics", "torch-fidelity")}, "asked": asked}
+
+
+def evaluate_run(
+    folder: Path,         # run folder of either stage
+    data: Prepared,
+    count: int = None,    # samples drawn (None: 2048), or dev photos reconstructed (None: all)
+    few: bool = False,    # whether too few pictures for a distance are wanted all the same
+    protocol: str = "standard",    # or `seed`, see `evaluate_seed`
+    autoencoder: Path = None,      # of a prior, if it lies elsewhere than at training
+    average: float = None,         # see `load_prior`
+    **sampling,                    # seed, guidance, steps, sampler of `evaluate_prior`
+) -> tuple:                        # (path of the JSON, its content)
+    "Measure a run and write `evaluation/….json` and `.png` into its folder; the same call again returns what is there. RunError, FIDError as for what it calls."
+    folder, kind = Path(folder), kind_of_run(Run.load(folder).config)
+    if kind is None or (protocol == "seed" and kind == "prior"):
+        raise RunError(f"{folder} is not the run of {'one training' if kind is None else 'an autoencoder, and the protocol seed is one of reconstructions'}: give another --run.")
+    count = count or (2048 if kind == "prior" else len(data.dev))
+    facts = provenance(folder, data, protocol=protocol, count=count, few=few, average=average, **(sampling if kind == "prior" else {}))
+    path = folder / "evaluation" / f"{protocol}-n{count}-{key_digest(facts)}.json"
+    if path.exists():
+        return path, read_json(path)
+    if protocol == "seed":
+        records, picture = evaluate_seed(folder, data), None
+    elif kind == "prior":
+        prior, kept = load_prior(folder, autoencoder, average=average), path.with_suffix(".npz")
+        records = evaluate_prior(prior, data, count, few=few, curves=True, kept=kept, key=facts, **sampling)
+        picture = plot_evaluation(records)
+        kept.unlink(missing_ok=True)
+    else:
+        check_enough(count, count, few)
+        images = reconstruct_photos(folder, data, data.dev[:count])
+        records, picture = evaluate_autoencoder(folder, data, count, few, images), show_range(images, data, data.dev[:count])
+    if picture is not None:
+        write_verified(path.with_suffix(".png"), lambda temporary: temporary.write_bytes(figure_png(picture)))
+    write_json(path, facts | {"records": records})
+    return path, facts | {"records": records}
+
+
+def show_range(
+    images: np.ndarray,  # uint8 (N,H,W,3), reconstructions
+    data: Prepared,
+    rows,                # of their originals
+) -> Picture:
+    "Eight photos above their reconstructions, from the worst to the best PSNR of the set."
+    x, x_rec = from_bytes(data.images[np.asarray(rows)]), from_bytes(images)
+    values = psnr(x, x_rec)
+    chosen = values.argsort()[torch.linspace(0, len(values) - 1, 8).long()]
+    titles = [f"{value:.1f} dB" for value in values[chosen]]
+    return show_images(torch.cat([x[chosen], x_rec[chosen]]), nrow=8, row_labels=["photo", "decoded"], col_labels=titles)
+
+
+def plot_evaluation(
+    records: list,  # from `evaluate_prior` with curves
+) -> Picture:
+    "The distance over the number of pictures, with lines to infinitely many where there are enough; and shares of neighbours; samples beside real photos."
+    fig = Picture(figsize=(10, 4), dpi=100, layout="constrained")
+    left, right = fig.subplots(1, 2)
+    best = next(record for record in records if "curve" in record)
+    for name, prefix in (("samples", ""), ("real train photos: the floor", "floor_")):
+        curve = best[f"{prefix}curve"]
+        line, = left.plot([1 / point["n"] for point in curve], [point["distance"] for point in curve], "o-", label=f"{name}, n = {curve[-1]['n']}: {curve[-1]['distance']:.4g}")
+        if (end := best.get(f"{prefix}at_infinity")) is not None:
+            left.plot([0, 1 / curve[-1]["n"]], [end, curve[-1]["distance"]], "--", color=line.get_color(), label=f"for infinitely many: {end:.4g}")
+    left.set(xlabel="1 / number of pictures", ylabel=f"{best['name']} to {best['n_reference']} dev photos", xlim=(0, None), ylim=(min(0, best.get("floor_at_infinity", 0)), None))
+    left.legend(frameon=False)
+    shares = [record for record in records if record["name"].split(",")[0] in ("precision", "recall", "density", "coverage")]
+    for i, (name, key) in enumerate((("samples", "value"), ("real train photos", "floor"))):
+        bars = right.bar([place + 0.4 * i for place in range(len(shares))], [record[key] for record in shares], 0.38, label=name)
+        right.bar_label(bars, fmt="%.2f")
+    right.set_xticks([place + 0.2 for place in range(len(shares))], [record["name"].split(",")[0] for record in shares])
+    right.margins(y=0.25)                                        # room for the legend
+    right.set_title(f"neighbours in {best['name']}'s features")
+    right.legend(frameon=False)
+    return fig
+
+
+def evaluation_table(
+    records: list,
+) -> str:
+    "Records as a table of text: value with standard error, floor, counts, features; reasons below."
+    rows = [("metric", "of", "value", "real photos", "n", "against", "features")]
+    for record in (record for record in records if record["value"] is not None):
+        number = lambda value, error: "" if record.get(value) is None else f"{record[value]:.4g}" + (f" ± {record[error]:.1g}" if error in record else "")
+        rows.append((record["name"], record["of"], number("value", "error"), number("floor", "floor_error"), str(record.get("n", "")), str(record.get("n_reference", "")),
+                     record.get("features", "")))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    biased = [f"A Fréchet distance of fewer than {ENOUGH} pictures is mostly bias: read it beside that of real photos only."] if any(r.get("biased") for r in records) else []
+    return "\n".join(lines + [record["reason"] for record in records if record["value"] is None] + biased)
 
 # %% ../nbs/16_generate.ipynb #598b6efe
 def show_reconstructions(
@@ -581,10 +881,11 @@ def metric_rows(
     "Rows of a table: name, what it is of, value, floor, and everything else as provenance."
     rows = []
     for record in records:
-        rest = {key: value for key, value in record.items() if key not in ("name", "of", "value", "floor") and value is not None}
+        rest = {key: value for key, value in record.items() if key not in ("name", "of", "value", "error", "floor") and value is not None and not isinstance(value, list)}
         value = "not computed" if record["value"] is None else f"{record['value']:.4g}"
         floor = "" if record.get("floor") is None else f"{record['floor']:.4g}"
-        rows.append({"metric": record["name"], "of": record["of"], "value": value, "real-vs-real floor": floor,
+        error = "" if record.get("error") is None else f"{record['error']:.2g}"
+        rows.append({"metric": record["name"], "of": record["of"], "value": value, "standard error": error, "real-vs-real floor": floor,
                      "provenance": ", ".join(f"{key}: {value}" for key, value in rest.items())})
     return rows
 
@@ -617,9 +918,9 @@ def name_runs(
 ) -> dict:    # name -> Run
     "Runs under short names, KL, VQ, FSQ or prior, with the folder where two are of one kind. RunError for a folder that no training command wrote."
     runs = [Run.load(folder) for folder in folders]
-    if other := [run.folder for run in runs if "stage" not in run.config]:
+    kinds = [kind_of_run(run.config) for run in runs]
+    if other := [run.folder for run, kind in zip(runs, kinds) if kind is None]:
         raise RunError(f"{other[0]} is not the run of one training: give the folder of an autoencoder or a prior, such as {other[0] / 'autoencoder-kl'}.")
-    kinds = [run.config["recipe"]["model"]["bottleneck"].upper() if run.config["stage"] == "autoencoder" else "prior" for run in runs]
     return {kind if kinds.count(kind) == 1 else f"{kind} {run.folder}": run for kind, run in zip(kinds, runs)}
 
 

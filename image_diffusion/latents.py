@@ -17,9 +17,9 @@ import torch
 from tqdm.auto import tqdm
 
 from .autoencoder import Autoencoder
-from .data import Prepared, file_sha256, load_batch
+from .data import Prepared, file_sha256, load_batch, open_array
 from .plots import Picture, show_images
-from .runs import RunError, newest_snapshot, read_json, write_json
+from .runs import RunError, in_short, newest_snapshot, read_json, write_json
 
 # %% ../nbs/11_latents.ipynb #098d41fe
 class LatentScale(torch.nn.Module):
@@ -203,16 +203,17 @@ def load_latents(
     facts, key = read_json(Path(folder) / "latents.json"), latents_key(data, autoencoder_folder)
     for name, value in key.items():
         if facts.get(name) != value:
-            raise RunError(f"The latents in {folder} were made from another {name} ({facts.get(name)} there, {value} now): "
+            raise RunError(f"The latents in {folder} were made from another {name} ({str(facts.get(name))[:64]} there, {value} now): "
                            "delete that folder to encode the photos again.")
     try:
-        arrays = {name: np.load(path, mmap_mode="r") if (path := Path(folder) / f"{name}.npy").exists() else None
-                  for name in ("mean", "logvar")}
-        if arrays["mean"] is None or arrays["mean"].shape[1] != facts["num_images"]:
-            raise ValueError("mean.npy is missing or of another length")
-    except (OSError, ValueError) as error:
-        raise RunError(f"The latents in {folder} are damaged ({error}): delete that folder to encode the photos again.") from error
-    return LatentDataset(**arrays, labels=data.labels, facts=facts, train=data.train, dev=data.dev)
+        mean = open_array(Path(folder) / "mean.npy", (2, len(data.images), ..., ..., ...), np.float16)
+        logvar = open_array(path, mean.shape, np.float16) if (path := Path(folder) / "logvar.npy").exists() else None
+        channels = np.array([facts.get("latent_mean"), facts.get("latent_std")], np.float32)
+        if channels.shape != (2, mean.shape[2]) or not np.isfinite(channels).all() or not (channels[1] > 0).all():
+            raise ValueError("latents.json holds no mean and standard deviation for each channel")
+    except (OSError, ValueError, TypeError, OverflowError) as error:
+        raise RunError(f"The latents in {folder} are damaged ({in_short(error)}): delete that folder to encode the photos again.") from error
+    return LatentDataset(mean, logvar, labels=data.labels, facts=facts, train=data.train, dev=data.dev)
 
 # %% ../nbs/11_latents.ipynb #5a79ac84
 @torch.no_grad()

@@ -73,7 +73,10 @@ class WeightsFile:
         path,  # a whole file
     ) -> dict:  # state dict on the CPU
         "Check the file and read its tensors (never code); raises `WeightsError`."
-        try: return torch.load(self.verify(path), map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(self.verify(path), map_location="cpu", weights_only=True)
+            if not all(torch.is_tensor(tensor) for tensor in state.values()): raise TypeError("not only tensors")
+            return state
         except WeightsError: raise
         except Exception as e: raise WeightsError(f"{self.what}: {path} does not hold a state dict of tensors ({type(e).__name__}).") from e
 

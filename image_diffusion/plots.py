@@ -4,12 +4,16 @@
 
 # %% auto #0
 __all__ = ['image_bytes', 'image_grid', 'Picture', 'figure_png', 'framed', 'show_images', 'show_rows', 'show_pairs', 'show_strip',
-           'save_png', 'smoothed', 'draw_curves', 'plot_curves', 'plot_metrics', 'plot_runs', 'plot_histogram']
+           'in_notebook', 'LivePicture', 'save_png', 'smoothed', 'draw_curves', 'plot_curves', 'plot_metrics',
+           'plot_runs', 'plot_histogram']
 
 # %% ../nbs/00_plots.ipynb #4a5acdcb
 import io
 import json
 import os
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +142,39 @@ def show_strip(
     tiles = torch.stack([image_bytes(frame)[:num] for frame in frames], dim=1)     # (n,T,3,H,W)
     tiles = tiles.flatten(0, 1).permute(0, 2, 3, 1)                                # (n*T,H,W,3)
     return show_images(tiles, nrow=len(frames), title=title, col_labels=labels, scale=scale)
+
+# %% ../nbs/00_plots.ipynb #69a5bf2b
+def in_notebook() -> bool:
+    "Whether pictures can be shown: in a kernel, as in Jupyter and Colab, not in a script or a terminal."
+    if "IPython" not in sys.modules:
+        return False
+    from IPython import get_ipython
+    return getattr(get_ipython(), "kernel", None) is not None
+
+
+class LivePicture:
+    "A place below a notebook's cell, where each picture replaces the one before; outside of notebooks there is none."
+
+    def __init__(
+        self,
+        seconds: float = 60,  # at least so long from one picture to the next
+    ):
+        self.seconds, self.due, self.place = seconds, 0.0, None
+
+    def show(
+        self,
+        draw: Callable,      # makes the picture; called only where it will be seen
+        now: bool = False,   # do not wait until the next one is due
+    ) -> None:
+        "Draw a picture in place of the last one, unless that was a moment ago."
+        if not in_notebook() or (time.monotonic() < self.due and not now):
+            return
+        from IPython.display import display
+        if self.place is None:
+            self.place = display(draw(), display_id=True)
+        else:
+            self.place.update(draw())
+        self.due = time.monotonic() + self.seconds
 
 # %% ../nbs/00_plots.ipynb #858f04de
 def save_png(

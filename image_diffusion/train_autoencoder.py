@@ -24,9 +24,9 @@ from .discriminator import (GAN_LOSSES, LeCAM, PatchDiscriminator, adaptive_weig
 from .fid import psnr, ssim
 from .perceptual import LPIPS, perceptual_at_hand
 from .plots import Picture, plot_runs, save_png
-from .runs import Run, RunError, load_snapshot
-from .training import (CHECK_EVERY, Budget, Precision, Stage, batch_indices, fit, largest_activation, make_ema,
-                                      optimizer_step, plan_lines, step_cost)
+from .runs import Run, RunError, finished_numbers, load_network, load_snapshot
+from .training import (CHECK_EVERY, Budget, Precision, Stage, fit, largest_activation, make_ema,
+                                      optimizer_step, plan_lines, sitting_end, step_cost)
 
 # %% ../nbs/10_train_autoencoder.ipynb #955bbe75
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class AutoencoderStage(Stage):
 
     def batch(self, step: int) -> torch.Tensor:
         "The (B,3,H,W) images of a step, each flipped or not, as a function of (seed, step)."
-        rows = self.data.train[batch_indices(self.recipe.seed, step, len(self.data.train), self.recipe.batch_size).numpy()]
+        rows = self.batch_rows(step, self.data.train)
         return load_batch(self.data.images, rows, self.precision.device, flips=torch.rand(len(rows)) < 0.5)
 
     def train_step(self, step: int, progress: float) -> dict:
@@ -285,6 +285,10 @@ class AutoencoderStage(Stage):
         x, x_rec, _ = self.reconstruct(self.data.dev[:8])
         save_png(torch.cat([x, x_rec]), path, nrow=len(x), scale=max(1, 96 // self.recipe.size))
 
+    def curves(self, records: list) -> Picture:
+        "How the training goes, for a glance while it does."
+        return plot_trends({self.recipe.model.bottleneck.upper(): records})
+
     def snapshot(self) -> tuple:
         "EMA weights and what rebuilds the model."
         return self.ema.module.state_dict(), {"model": asdict(self.recipe.model), "size": self.recipe.size, "perceptual": self.perceptual_name}
@@ -326,20 +330,21 @@ def train_autoencoder(
     steps: int = None,        # budget in optimizer steps instead
     seed: int = 0,
     save_every_minutes: float = 5,
+    budget=None,              # time of this sitting, such as "3h30m": training stops, saved, before it is over, and the same call goes on
 ) -> dict:
     "Train an autoencoder; returns its final numbers. RunError for an unknown preset, a data set of another size, or a folder of other settings."
     recipe = replace(find_preset(preset, PRESETS), seed=seed)
     check_data(data, recipe.size, preset)
-    budget = Budget(recipe.steps if steps is None and minutes is None else steps, minutes)
-    run = Run.open(folder, {"stage": "autoencoder", "preset": preset, "recipe": asdict(recipe), "minutes": minutes, "steps": budget.steps,
+    length, end = Budget(recipe.steps if steps is None and minutes is None else steps, minutes), sitting_end(budget)
+    run = Run.open(folder, {"stage": "autoencoder", "preset": preset, "recipe": asdict(recipe), "minutes": minutes, "steps": length.steps,
                             "data": data.manifest["sha256"]})
-    if run.finished:
-        return run.finished
+    if (numbers := finished_numbers(run)) is not None:
+        return numbers
     perceptual, name = perceptual_at_hand() if recipe.perceptual_weight else (None, None)
     if perceptual is None and name:
         print(f"Training goes on without a perceptual loss: {name}")
     stage = AutoencoderStage(data, recipe, Precision.pick(), perceptual, name if perceptual else None)
-    return fit(stage, run, budget, f"autoencoder {preset}", save_every_minutes)
+    return fit(stage, run, length, f"autoencoder {preset}", save_every_minutes, end=end)
 
 
 def check_data(
@@ -360,14 +365,9 @@ def load_autoencoder(
 ) -> Autoencoder:
     "The trained autoencoder (EMA weights, eval mode). RunError if the run has no snapshot or is of another kind."
     tensors, config = load_snapshot(folder)
-    if "model" not in config or "bottleneck" not in config["model"]:
+    if not isinstance(config.get("model"), dict) or "bottleneck" not in config["model"]:
         raise RunError(f"{folder} is not the run of an autoencoder: give the folder that train-autoencoder wrote.")
-    autoencoder = make_autoencoder(AutoencoderConfig(**config["model"]))
-    try:
-        autoencoder.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise RunError(f"The snapshot in {folder} does not fit its own config ({str(error).splitlines()[-1].strip()}): "
-                       "it was made by another version of this package; train it again.") from error
+    autoencoder = load_network(lambda: make_autoencoder(AutoencoderConfig(**config["model"])), tensors, folder)
     return autoencoder.to(device).eval().requires_grad_(False)
 
 # %% ../nbs/10_train_autoencoder.ipynb #47d98dd2

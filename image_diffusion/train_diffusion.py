@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LHQ', 'PRESETS', 'GUIDANCE', 'GUIDANCE_INTERVAL', 'TRENDS', 'DiffusionRecipe', 'sample_latents', 'sample_strip',
-           'DiffusionStage', 'plot_trends', 'train_diffusion', 'plan_diffusion']
+           'Yardstick', 'DiffusionStage', 'plot_trends', 'train_diffusion', 'plan_diffusion']
 
 # %% ../nbs/15_train_diffusion.ipynb #d7aa884a
 import os
@@ -12,18 +12,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 from .autoencoder import count_macs, count_parameters
 from .data import Prepared
 from .diffusion import NOISE_LEVELS, Denoiser, check_combination, cosine_sigmas, drop_labels, loss_weight, min_snr_weight, sigma_range, stratified_u
+from .fid import Features, collect_samples, features_at_hand, frechet_distance, kid, photo_stats, weights_sha256
 from .latents import LatentDataset, cache_latents
 from .plots import Picture, plot_runs, save_png
 from .runs import Run, RunError
-from .sampling import SAMPLERS, choose, guided, sample_noise, sigma_schedule, step_noise
+from .sampling import SAMPLERS, SamplingError, choose, guided, sample_noise, sigma_schedule, step_noise
 from .train_autoencoder import find_preset, load_autoencoder
-from .training import (Budget, Precision, Stage, batch_indices, fit, make_ema, make_power_ema, optimizer_step, plan_lines, seed_step,
-                                      step_cost)
+from .training import (BrokenDown, Budget, Precision, Stage, fit, make_ema, make_power_ema, optimizer_step, plan_lines, seed_step,
+                                      sitting_end, step_cost)
 from .unet import UNet, UNetConfig
 
 # %% ../nbs/15_train_diffusion.ipynb #06aacf35
@@ -103,6 +105,30 @@ def sample_strip(
     chosen = torch.linspace(0, len(guesses) - 1, moments).round().long()[:-1]
     return torch.stack([*(guesses[i] for i in chosen), z], dim=1)
 
+# %% ../nbs/15_train_diffusion.ipynb #3ca40968
+@dataclass
+class Yardstick:
+    "What samples are measured by while training: which photos, which features, how many."
+    data: Prepared
+    features: Features
+    count: int = 2048  # samples, and as many train photos for the floor
+    seed: int = 1      # not 0, which the pictures show
+    steps: int = 20    # network evaluations for each sample
+    batch_size: int = 64   # samples drawn at a time; they are saved after every eighth
+
+    def labels(self) -> torch.Tensor:
+        "Classes of the samples, in the proportions of the train split."
+        rows = np.random.default_rng(self.seed).choice(self.data.train, self.count)
+        return torch.as_tensor(self.data.labels[rows], dtype=torch.long)
+
+    def numbers(self, stats) -> dict:
+        "Fréchet distance with its floor, and kernel distance with its standard error, of statistics with vectors."
+        dev, train = (photo_stats(self.data, split, self.features, count) for split, count in (("dev", None), ("train", self.count)))
+        distance, error = kid(stats.features, dev.features)
+        name, kernel_name = self.features.name, self.features.kernel_name
+        return {name: frechet_distance(stats, dev), f"{name}_floor": frechet_distance(train, dev), kernel_name: distance, f"{kernel_name}_error": error,
+                "measured_samples": stats.num_images}
+
 # %% ../nbs/15_train_diffusion.ipynb #63a236bb
 class DiffusionStage(Stage):
     "The denoiser, its EMA, and how it takes a step."
@@ -117,7 +143,7 @@ class DiffusionStage(Stage):
         self.ema = make_ema(self.denoiser, recipe.ema_decay)
         self.averages = torch.nn.ModuleList(make_power_ema(self.denoiser, width) for width in recipe.power_emas)
         self.optimizer = torch.optim.AdamW(self.denoiser.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.01)
-        self.scaler = precision.scaler()
+        self.scaler, self.yardstick = precision.scaler(), None
 
     def kept_averages(self) -> dict:
         "See `Stage.kept_averages`."
@@ -148,7 +174,7 @@ class DiffusionStage(Stage):
         recipe, device = self.recipe, self.precision.device
         self.seed_step(step)
         lr = self.optimizer.param_groups[0]["lr"] = self.learning_rate(step, progress)
-        rows = self.latents.train[batch_indices(recipe.seed, step, len(self.latents.train), recipe.batch_size).numpy()]
+        rows = self.batch_rows(step, self.latents.train)
         z, labels = self.batch(rows, torch.rand(len(rows)) < 0.5)
         labels = drop_labels(labels, torch.rand(len(rows), device=device), recipe.label_dropout)
         sigma = NOISE_LEVELS[recipe.noise_levels](stratified_u(len(rows), device=device)[torch.randperm(len(rows), device=device)])
@@ -173,17 +199,48 @@ class DiffusionStage(Stage):
         "What makes a checkpoint the best one."
         return -evaluation["dev_loss"]
 
+    def draw(self, labels: torch.Tensor, indices, seed: int, steps: int) -> torch.Tensor:
+        "Samples (B,3,H,W) in [-1,1] of the EMA weights."
+        with self.precision.autocast():
+            z = sample_latents(self.ema.module, self.latents.shape, labels, indices, seed, steps=steps, levels=sigma_range(self.recipe.noise_levels))
+            return self.autoencoder.decode_latent(self.scale.denormalise(z)).float().clamp(-1, 1)
+
+    @torch.no_grad()
+    def measure(self, run: Run, step: int, stop) -> dict:
+        "Distances of samples to the dev photos; {} if `stop()` ended it early. What was drawn so far lies in `measured/samples.npz`."
+        yard = self.yardstick
+        labels, features = yard.labels().to(self.precision.device), yard.features.to(self.precision.device)
+        key = {"step": step, "weights": weights_sha256(self.ema.module), "seed": yard.seed, "steps": yard.steps, "count": yard.count, "data": yard.data.manifest["sha256"]}
+
+        def asked():
+            run.saved.set()        # what is on the disk goes to Drive, too
+            return stop()
+        stats = collect_samples(lambda indices: self.draw(labels[indices.start:indices.stop], indices, yard.seed, yard.steps), yard.count, [features],
+                                run.folder / "measured/samples.npz", key, yard.batch_size, 8 * yard.batch_size, asked)[features.name]
+        return yard.numbers(stats) if stats.num_images == yard.count else {}
+
     @torch.no_grad()
     def sample(self, path: Path) -> None:
         "Pictures, always from the same noise: 16 samples, or four for each of the first eight classes; and in `denoising_...` how four of them came about."
         labels = torch.arange(min(8, len(self.classes))).repeat_interleave(4) if self.classes else torch.full((16,), -1)
         labels, levels = labels.to(self.precision.device), sigma_range(self.recipe.noise_levels)
         with self.precision.autocast():
-            strips = sample_strip(self.ema.module, self.latents.shape, labels, range(len(labels)), levels=levels)        # (B,T,C,h,w)
+            strips = self.strips(labels, levels)                                                                         # (B,T,C,h,w)
             some = strips[:: max(1, len(labels) // 4)][:4].flatten(0, 1)                                                 # (4T,C,h,w)
             x, x_some = (self.autoencoder.decode_latent(self.scale.denormalise(z)).float() for z in (strips[:, -1], some))
         save_png(x, path, nrow=4, scale=max(1, 64 // x.shape[-1]))
         save_png(x_some, path.with_name(f"denoising_{path.name}"), nrow=strips.shape[1], scale=max(1, 64 // x.shape[-1]))
+
+    def curves(self, records: list) -> Picture:
+        "How the training goes, for a glance while it does."
+        return plot_trends({"prior": records})
+
+    def strips(self, labels: torch.Tensor, levels: tuple) -> torch.Tensor:
+        "How samples come about (B,T,C,h,w); BrokenDown if the network gives numbers that are not finite."
+        try:
+            return sample_strip(self.ema.module, self.latents.shape, labels, range(len(labels)), levels=levels)
+        except SamplingError as error:
+            raise BrokenDown(str(error)) from error
 
     def snapshot(self) -> tuple:
         "EMA weights with the latent scale, and what rebuilds the model."
@@ -199,6 +256,7 @@ TRENDS = {   # title -> numbers of metrics.jsonl
     "gradient norm (before clipping)": ["grad_norm"],
     "dev loss by noise, low to high": [f"dev_loss_band{i}" for i in range(4)],
     "learning rate": ["lr"],
+    "distance of samples, and its floor": ["FID", "FID_floor", "FD-lite0", "FD-lite0_floor", "FD-random", "FD-random_floor"],   # where it was measured
 }
 
 
@@ -218,10 +276,13 @@ def train_diffusion(
     steps: int = None,         # budget in optimizer steps instead
     seed: int = 0,
     save_every_minutes: float = 5,
+    budget=None,               # time of this sitting, such as "3h30m": training stops, saved, before it is over, and the same call goes on
+    eval_every: int = None,    # optimizer steps between two measurements of samples; None: none
+    eval_samples: int = 2048,  # samples drawn for each
 ) -> dict:
     "Encode the data if that is not done yet, then train a prior on the latents; returns its final numbers. RunError as for `train_autoencoder`."
     recipe, precision = find_preset(preset, PRESETS), Precision.pick()
-    budget = Budget(recipe.steps if steps is None and minutes is None else steps, minutes)
+    length, end = Budget(recipe.steps if steps is None and minutes is None else steps, minutes), sitting_end(budget)
     autoencoder = load_autoencoder(autoencoder_folder, precision.device)
     size = data.size // autoencoder.factor
     if size != recipe.model.size:
@@ -230,11 +291,13 @@ def train_diffusion(
     latents = cache_latents(autoencoder, data, autoencoder_folder, Path(autoencoder_folder) / f"latents-{data.manifest['sha256'][:12]}",
                             precision.device)
     recipe = replace(recipe, seed=seed, model=replace(recipe.model, in_ch=latents.shape[0], num_classes=data.num_classes))
-    run = Run.open(folder, {"stage": "diffusion", "preset": preset, "recipe": asdict(recipe), "minutes": minutes, "steps": budget.steps,
+    run = Run.open(folder, {"stage": "diffusion", "preset": preset, "recipe": asdict(recipe), "minutes": minutes, "steps": length.steps,
                             "data": data.manifest["sha256"], "autoencoder_sha256": latents.facts["autoencoder"],
                             "autoencoder": os.path.relpath(autoencoder_folder, folder)})
     stage = DiffusionStage(latents, recipe, autoencoder, data.classes, precision)
-    return fit(stage, run, budget, f"diffusion {preset}", save_every_minutes)
+    if eval_every:
+        stage.measure_every, stage.yardstick = eval_every, Yardstick(data, features_at_hand()[0], eval_samples)
+    return fit(stage, run, length, f"diffusion {preset}", save_every_minutes, end=end)
 
 # %% ../nbs/15_train_diffusion.ipynb #d6f8e854
 def plan_diffusion(

@@ -1,4 +1,4 @@
-"""The Colab badge and set-up cell of every notebook, made from settings.ini.
+"""The Colab badge and set-up cell of every notebook, made from settings.ini, and the settings of those that do a step.
 
 `python tests/colab_cells.py` writes them into the notebooks; `test_notebooks.py` holds them equal.
 """
@@ -12,6 +12,25 @@ WALKTHROUGHS = ("01_data", "10_train_autoencoder", "15_train_diffusion", "16_gen
 METADATA = {"accelerator": "GPU", "colab": {"gpuType": "T4", "provenance": []},
             "kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
 BADGE, SETUP = "[![Open In Colab]", "#| eval: false\n#@title Set up Colab"
+FORM, PLACES = '#@title Settings { display-mode: "form" }', "# What follows from the settings"
+SETTINGS = {FORM: """
+preset = "auto"  #@param ["auto", "tiny", "photos64", "lhq128-fast", "lhq128", "lhq128-f8"]
+#@markdown `auto`: `lhq128` on a GPU; elsewhere `tiny`, a taste of everything in a minute.
+source = "auto"  #@param {type:"string"}
+#@markdown A zip or folder on Drive such as `/content/drive/MyDrive/photos.zip`, a link, `lhq`, or `synthetic`. `auto`: `lhq`, with `tiny` `synthetic`.
+hours = 0.0  #@param {type:"number"}
+#@markdown Of training, for each network; 0: as long as the preset says. A run goes on with the settings that it was begun with.""",
+            PLACES: """
+if preset == "auto":
+    preset = "lhq128" if torch.cuda.is_available() else "tiny"
+if source == "auto":
+    source = "synthetic:512" if preset == "tiny" else "lhq"
+size = {"tiny": 32, "photos64": 64}.get(preset, 128)                                   # px
+minutes, steps = 60 * hours or None, 40 if preset == "tiny" and not hours else None    # None: as long as the preset says
+keep = in_colab() or preset != "tiny"                                                  # on Drive, or in ./runs
+root = (runs_root() if keep else home) / "notebooks" / source_name(source).partition(".")[0]
+place, packed = (Path("data") / root.name / str(size), root / f"data-{size}.tar") if in_colab() else (root / f"data-{size}", None)
+print(f"Preset {preset}, photos from {source}" + f", kept in {root}" * keep)"""}
 
 
 def settings():
@@ -31,12 +50,13 @@ def badge(name):
 
 def setup(name):
     "Source of the set-up cell of notebook `name`: install, and for walkthroughs mount Drive."
-    lines = [SETUP + ' { display-mode: "form" }', "import importlib.util, subprocess, sys",
+    lines = [SETUP + ' { display-mode: "form" }', "import importlib.util, os, subprocess, sys",
              'if importlib.util.find_spec("image_diffusion") is None:',
              '    subprocess.check_call([sys.executable, "-m", "pip", "install", "-q",',
              f'                           "git+{settings()["git_url"]}"])']
     if name in WALKTHROUGHS:
-        lines += ["from google.colab import drive", 'drive.mount("/content/drive")  # the run lives there and survives a disconnect']
+        lines += ["from google.colab import drive", "# the run lives there and survives a disconnect; a Drive that has gone away is mounted anew",
+                  'drive.mount("/content/drive", force_remount=not os.path.isdir("/content/drive/MyDrive"))']
     return "\n".join(lines)
 
 
@@ -44,7 +64,8 @@ def write(path):
     "Put badge, set-up cell and metadata into the notebook at `path`; each must have its place already."
     notebook = json.loads(path.read_text(encoding="utf-8"))
     notebook["metadata"] = METADATA
-    for start, text in ((BADGE, badge(path.stem)), (SETUP, setup(path.stem))):
+    settings = [(start, start + text) for start, text in SETTINGS.items()] if path.stem in WALKTHROUGHS else []
+    for start, text in ((BADGE, badge(path.stem)), (SETUP, setup(path.stem)), *settings):
         cells = [cell for cell in notebook["cells"] if "".join(cell["source"]).startswith(start)]
         assert len(cells) == 1, f"{path.name} has {len(cells)} cells that start with {start!r}, not one"
         cells[0]["source"] = text.splitlines(keepends=True)

@@ -87,11 +87,13 @@ def test_generate_draws_the_same_pictures_again(whole_run, tmp_path):
     assert other.exit_code == 0 and not np.array_equal(Image.open(tmp_path / "a.png"), Image.open(tmp_path / "c.png"))
 
 
-def test_evaluate_prints_a_record_per_distance(whole_run):
-    result = type_in("evaluate", "--run", whole_run / "prior", "--data", whole_run / "data", "--n", 8, "--steps", 4)
+def test_evaluate_prints_a_line_per_distance_and_writes_them_as_json(whole_run):
+    result = type_in("evaluate", "--run", whole_run / "prior", "--data", whole_run / "data", "--n", 8, "--steps", 4, "--few")
     assert result.exit_code == 0, result.output
-    records = [json.loads(line) for line in result.output.splitlines() if line.startswith("{")]
+    path, = (whole_run / "prior/evaluation").glob("*.json")
+    records = json.loads(path.read_text())["records"]
     assert {record["name"] for record in records} >= {"FD-random", "FID"} and records[0]["n"] == 8
+    assert all(record["name"] in result.output for record in records)
 
 
 def test_a_run_still_works_after_it_was_moved(whole_run, tmp_path):

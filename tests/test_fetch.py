@@ -504,7 +504,7 @@ def test_an_address_that_is_none(get, wrong):
 
 def test_an_address_that_is_none_is_not_asked_again(get, monkeypatch):
     monkeypatch.setattr(data, "RETRIES", 10**9)
-    refused(["could not download", "No host"], get, "http://")
+    refused(["could not download", "this is no address"], get, "http://")
 
 
 addresses = st.sampled_from(["{}", "https://{}", "https://drive.google.com/{}", "https://disk.yandex.ru/d/{}", "http://127.0.0.1:{}"])

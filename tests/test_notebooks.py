@@ -4,7 +4,10 @@ import json
 import re
 
 import pytest
-from colab_cells import BADGE, METADATA, NOTEBOOKS, ROOT, SETUP, badge, setup
+from colab_cells import BADGE, METADATA, NOTEBOOKS, ROOT, SETTINGS, SETUP, WALKTHROUGHS, badge, setup
+
+from image_diffusion.train_autoencoder import PRESETS as AUTOENCODERS
+from image_diffusion.train_diffusion import PRESETS as PRIORS
 
 MODULES = sorted(path for path in (ROOT / "image_diffusion").glob("*.py") if not path.name.startswith("_"))
 PLACE = re.compile(r"(?<![\w/.:])(/[\w.-]+){2,}|\b[A-Z]:\\\\?\w")    # an absolute path, of Unix or Windows
@@ -26,6 +29,19 @@ def test_badge_setup_and_metadata_are_the_made_ones(path):
     assert [text for text in sources(path, "markdown") if text.startswith(BADGE)] == [badge(path.stem)]
     assert [text for text in sources(path, "code") if text.startswith(SETUP)] == [setup(path.stem)]
     assert json.loads(path.read_text(encoding="utf-8"))["metadata"] == METADATA
+
+
+@every_notebook
+def test_walkthroughs_have_the_made_settings(path):
+    code = sources(path, "code")
+    assert [text for text in code if text.startswith(tuple(SETTINGS))] == [start + text for start, text in SETTINGS.items()] * (path.stem in WALKTHROUGHS)
+
+
+def test_settings_name_presets_and_their_sizes():
+    sizes = {"tiny": 32, "photos64": 64}
+    offered = json.loads(re.search(r"preset = .*#@param (.*)", "".join(SETTINGS.values()))[1])
+    assert set(offered) - {"auto"} <= set(PRIORS)
+    assert all(AUTOENCODERS[f"{preset}-kl"].size == sizes.get(preset, 128) for preset in set(offered) - {"auto"})
 
 
 def test_metadata_selects_a_t4():

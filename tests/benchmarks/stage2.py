@@ -73,7 +73,7 @@ def measure(prior, data, samples, seed=1):
     images = to_bytes(generate(prior, labels, seed)).numpy()
     reference = collect_stats(in_batches(data.images, data.dev), features)
     distance, error = kid(collect_features(in_batches(images), features), collect_features(in_batches(data.images, data.dev), features))
-    return {"samples": samples, "FD-lite0": frechet_distance(collect_stats(in_batches(images), features), reference), "KID-lite0": distance, "KID-std": error,
+    return {"samples": samples, "FD-lite0": frechet_distance(collect_stats(in_batches(images), features), reference), "KID-lite0": distance, "KID-error": error,
             "class": class_accuracy(images, labels.cpu(), prior, data)["value"] if prior.classes else None}
 
 
