@@ -8,6 +8,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SIZE = PRESETS["tiny-kl"].size
 MAIN = [sys.executable, "-c", "from image_diffusion.cli import main; main(prog_name='image_diffusion')"]   # the console script
 
+torch.set_num_threads(1)   # tests run side by side, one on each core
 hypothesis.settings.register_profile("suite", deadline=None, max_examples=50)   # a busy machine is no failure
 hypothesis.settings.load_profile("suite")
 

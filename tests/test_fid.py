@@ -147,11 +147,11 @@ def test_too_few_and_unlike_statistics_are_told():
         frechet_distance(ten, FeatureStats(9).update(torch.randn(10, 9)))
 
 
-MEMORY = """
-import resource, torch
+MEMORY = r"""
+import re, torch
 from image_diffusion.fid import FeatureStats
-rng, peak = torch.Generator().manual_seed(0), lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() // 1024       # kB now, not at the most so far
+rng, kilobytes = torch.Generator().manual_seed(0), lambda name: int(re.search(name + r":\s+(\d+)", open("/proc/self/status").read())[1])
+before, peak = kilobytes("VmRSS"), lambda: kilobytes("VmHWM")       # not ru_maxrss, which begins with that of the parent
 stats, peaks = FeatureStats(2048), []
 for batch in range(30):
     stats.update(torch.randn(64, 2048, generator=rng))
