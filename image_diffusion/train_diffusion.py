@@ -19,9 +19,9 @@ from .autoencoder import count_macs, count_parameters
 from .data import Prepared
 from .diffusion import NOISE_LEVELS, Denoiser, check_combination, cosine_sigmas, drop_labels, loss_weight, min_snr_weight, sigma_range, stratified_u
 from .fid import Features, collect_samples, features_at_hand, frechet_distance, kid, photo_stats, weights_sha256
-from .latents import LatentDataset, cache_latents
+from .latents import LatentDataset, autoencoder_sha256, cache_latents, latents_folder
 from .plots import Picture, plot_runs, save_png
-from .runs import Run, RunError
+from .runs import Run, RunError, finished_numbers
 from .sampling import SAMPLERS, SamplingError, choose, guided, sample_noise, sigma_schedule, step_noise
 from .train_autoencoder import find_preset, load_autoencoder
 from .training import (BrokenDown, Budget, Precision, Stage, fit, make_ema, make_power_ema, optimizer_step, plan_lines, seed_step,
@@ -288,12 +288,13 @@ def train_diffusion(
     if size != recipe.model.size:
         raise RunError(f"Preset {preset} trains on latents of side {recipe.model.size}, but {data.size} px photos give {size} "
                        f"with the autoencoder in {autoencoder_folder}: choose the preset of the same name for both stages.")
-    latents = cache_latents(autoencoder, data, autoencoder_folder, Path(autoencoder_folder) / f"latents-{data.manifest['sha256'][:12]}",
-                            precision.device)
-    recipe = replace(recipe, seed=seed, model=replace(recipe.model, in_ch=latents.shape[0], num_classes=data.num_classes))
+    recipe = replace(recipe, seed=seed, model=replace(recipe.model, in_ch=autoencoder.bottleneck.z_channels, num_classes=data.num_classes))
     run = Run.open(folder, {"stage": "diffusion", "preset": preset, "recipe": asdict(recipe), "minutes": minutes, "steps": length.steps,
-                            "data": data.manifest["sha256"], "autoencoder_sha256": latents.facts["autoencoder"],
+                            "data": data.manifest["sha256"], "autoencoder_sha256": autoencoder_sha256(autoencoder_folder),
                             "autoencoder": os.path.relpath(autoencoder_folder, folder)})
+    if (numbers := finished_numbers(run)) is not None:
+        return numbers
+    latents = cache_latents(autoencoder, data, autoencoder_folder, latents_folder(data, autoencoder_folder), precision.device)
     stage = DiffusionStage(latents, recipe, autoencoder, data.classes, precision)
     if eval_every:
         stage.measure_every, stage.yardstick = eval_every, Yardstick(data, features_at_hand()[0], eval_samples)

@@ -602,7 +602,8 @@ class Sitting:
         "Have the stage measure what takes minutes, if that is due: all is saved before, so that a kill repeats no step. Returns whether training was asked to stop."
         if self.stage.measure_every and tick.step and tick.step % self.stage.measure_every == 0:
             self.save(tick)
-            if numbers := self.stage.measure(self.run, tick.step, lambda: self.asked() or self.over()):
+            numbers = self.stage.measure(self.run, tick.step, lambda: self.asked() or self.over())
+            if numbers and {"step": tick.step} | numbers not in read_metrics(self.run):       # a kill may have come after it was noted
                 append_metrics(self.run, {"step": tick.step} | numbers)
         return self.asked()
 

@@ -95,9 +95,9 @@ def test_a_pass_leaves_everything_on_drive_and_shows_it_live(first_pass):
     assert {"data-32.tar", "tiny-samples.png", "tiny-report.html"} <= left.keys()
     for stage in ("kl", "vq", "prior"):
         assert {f"tiny-{stage}/{name}" for name in ("config.json", "finished.json", "metrics.jsonl")} <= left.keys()
-    assert not [name for name in left if ".part" in name]
+    assert not [name for name in left if ".part" in name or "latents" in name]      # latents are read at random: on the machine's own disk
     assert all("Mounted at /content/drive" in said[name] for name in WALKTHROUGHS)
-    assert updates["10_train_autoencoder"] >= 4 and updates["15_train_diffusion"] >= 2        # curves and samples, for each training
+    assert updates["10_train_autoencoder"] >= 2 and updates["15_train_diffusion"] >= 2        # curves and samples, for each training that was not resumed
 
 
 def test_a_machine_killed_while_it_trains_goes_on_from_drive(first_pass):

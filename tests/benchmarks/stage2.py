@@ -23,7 +23,7 @@ from image_diffusion.data import load_prepared, to_bytes
 from image_diffusion.diffusion import Denoiser, sigma_range
 from image_diffusion.fid import Lite0Features, collect_features, collect_stats, frechet_distance, in_batches, kid
 from image_diffusion.generate import Prior, class_accuracy, class_grid, generate, labels_of
-from image_diffusion.latents import cache_latents
+from image_diffusion.latents import cache_latents, latents_folder
 from image_diffusion.plots import save_png
 from image_diffusion.runs import Run
 from image_diffusion.train_autoencoder import load_autoencoder
@@ -107,7 +107,7 @@ def main():
     if args.one_core:
         on_one_core()
     data, autoencoder = load_prepared(args.data), load_autoencoder(args.autoencoder)
-    latents = cache_latents(autoencoder, data, args.autoencoder, args.autoencoder / f"latents-{data.manifest['sha256'][:12]}")
+    latents = cache_latents(autoencoder, data, args.autoencoder, latents_folder(data, args.autoencoder))
     for name in args.names:
         train(name, data, latents, autoencoder, args.minutes, args.samples, args.out)
 
