@@ -61,7 +61,7 @@ def train_both_stages(
         used += result["minutes"]
         click.echo(f"Trained the {kind.upper()} autoencoder in {result['minutes']:.1f} minutes ({result['step']} steps): "
                    f"dev PSNR {result['dev_psnr']:.2f} dB, SSIM {result['dev_ssim']:.3f}"
-                   + (f", {result['dev_codes_used']} codes used, perplexity {result['dev_perplexity']:.0f}." if "dev_perplexity" in result else "."))
+                   + (f", {result['dev_codes_used']} codes used, perplexity {result['dev_perplexity']:.0f}." if {"dev_codes_used", "dev_perplexity"} <= result.keys() else "."))
     place = folder / "prior"
     budget = planned_minutes(place, prior_minutes(minutes, used))
     result = train_diffusion(data, folder / f"autoencoder-{bottlenecks[0]}", place, preset, budget, seed=seed, save_every_minutes=save, budget=minutes_left(end))

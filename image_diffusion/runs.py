@@ -8,9 +8,9 @@ __all__ = ['DRIVE', 'SCRATCH', 'FACTS', 'TROUBLE', 'WAIT_SECONDS', 'RETRY_SECOND
            'config_difference', 'Run', 'settings_of', 'set_aside', 'read_json', 'append_metrics', 'is_record',
            'read_metrics', 'finished_numbers', 'later_than', 'forget_after', 'sound_facts', 'checkpoint_facts',
            'verifies', 'worth_keeping', 'save_checkpoint', 'newest_whole', 'nothing_whole', 'read_state',
-           'load_checkpoint', 'save_snapshot', 'newest_snapshot', 'read_tensors', 'load_snapshot', 'load_network',
-           'lock', 'only_process', 'Drive', 'trouble_words', 'open_if_there', 'Mirror', 'checkpoint_stems', 'at_hand',
-           'pull_patiently', 'Section', 'write_report']
+           'load_checkpoint', 'tensors_sha256', 'write_tensors', 'save_snapshot', 'newest_snapshot', 'read_tensors',
+           'load_snapshot', 'load_network', 'lock', 'only_process', 'Drive', 'trouble_words', 'open_if_there', 'Mirror',
+           'checkpoint_stems', 'at_hand', 'pull_patiently', 'Section', 'write_report']
 
 # %% ../nbs/08_runs.ipynb #53c91df5
 import base64
@@ -268,11 +268,12 @@ def read_metrics(
 
 
 def finished_numbers(
-    run: Run,  # of one training
+    run: Run,                   # of one training
+    names=("step", "minutes"),  # of numbers that must be among them
 ):
     "The final numbers of a finished training, or None; RunError if they are damaged."
     numbers = run.finished
-    if numbers is not None and not (is_record(numbers) and "minutes" in numbers):
+    if numbers is not None and not (is_record(numbers) and numbers.keys() >= set(names)):
         raise RunError(f"{run.folder / 'finished.json'} is damaged (it does not hold the final numbers): delete it and run the same command again.")
     return numbers
 
@@ -411,6 +412,29 @@ def load_checkpoint(
     nothing_whole([facts["step"] for facts in checkpoint_facts(run)], run.folder)
 
 # %% ../nbs/08_runs.ipynb #f0fa75ff
+def tensors_sha256(
+    tensors: dict,   # on the CPU, by name
+    metadata: dict,  # strings by name; `sha256` is left out
+) -> str:
+    "SHA-256 of names, types, shapes and bytes of tensors, and of the metadata beside them."
+    digest = hashlib.sha256(json.dumps({name: text for name, text in metadata.items() if name != "sha256"}, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def write_tensors(
+    path: Path,      # where the safetensors file shall stand
+    tensors: dict,   # by name
+    metadata: dict,  # strings by name
+) -> None:
+    "Write tensors, their metadata and the checksum of both, whole or not at all. Raises RunError as `write_verified` does."
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = metadata | {"sha256": tensors_sha256(tensors, metadata)}
+    write_verified(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
 def save_snapshot(
     run: Run,       # the run that made the weights
     step: int,      # optimizer steps done
@@ -419,9 +443,7 @@ def save_snapshot(
 ) -> Path:
     "Save EMA weights and config as `snapshots/step_N.safetensors`; the older ones are removed afterwards."
     path = run.folder / "snapshots" / f"step_{step:07d}.safetensors"
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"config": json.dumps(config), "step": str(step)}
-    write_verified(path, lambda temporary: save_file(tensors, temporary, metadata))
+    write_tensors(path, tensors, {"config": json.dumps(config), "step": str(step)})
     for older in sorted(path.parent.glob("step_*.safetensors"))[:-1]:
         older.unlink()
     return path
@@ -444,11 +466,13 @@ def newest_snapshot(
 def read_tensors(
     path: Path,  # a safetensors file
 ) -> tuple:
-    "Its tensors by name, and its metadata. RunError if it is damaged, or a number in it is not finite."
+    "Its tensors by name, and its metadata. RunError if it is damaged, by its checksum where it has one, or if a number in it is not finite."
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}     # a copy: what safetensors gives ends with the file
             metadata = file.metadata() or {}
+        if "sha256" in metadata and metadata["sha256"] != tensors_sha256(tensors, metadata):
+            raise ValueError("its content does not have its checksum")
         if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
             raise ValueError(f"{broken[0]} is not finite")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

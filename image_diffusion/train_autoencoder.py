@@ -338,7 +338,7 @@ def train_autoencoder(
     length, end = Budget(recipe.steps if steps is None and minutes is None else steps, minutes), sitting_end(budget)
     run = Run.open(folder, {"stage": "autoencoder", "preset": preset, "recipe": asdict(recipe), "minutes": minutes, "steps": length.steps,
                             "data": data.manifest["sha256"]})
-    if (numbers := finished_numbers(run)) is not None:
+    if (numbers := finished_numbers(run, ("step", "minutes", "dev_psnr", "dev_ssim"))) is not None:
         return numbers
     perceptual, name = perceptual_at_hand() if recipe.perceptual_weight else (None, None)
     if perceptual is None and name:

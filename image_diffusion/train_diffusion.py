@@ -292,7 +292,7 @@ def train_diffusion(
     run = Run.open(folder, {"stage": "diffusion", "preset": preset, "recipe": asdict(recipe), "minutes": minutes, "steps": length.steps,
                             "data": data.manifest["sha256"], "autoencoder_sha256": autoencoder_sha256(autoencoder_folder),
                             "autoencoder": os.path.relpath(autoencoder_folder, folder)})
-    if (numbers := finished_numbers(run)) is not None:
+    if (numbers := finished_numbers(run, ("step", "minutes", "dev_loss"))) is not None:
         return numbers
     latents = cache_latents(autoencoder, data, autoencoder_folder, latents_folder(data, autoencoder_folder), precision.device)
     stage = DiffusionStage(latents, recipe, autoencoder, data.classes, precision)

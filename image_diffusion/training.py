@@ -28,7 +28,6 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,7 +37,7 @@ from tqdm.auto import tqdm
 
 from .plots import LivePicture, Picture, plot_runs
 from .runs import (Run, RunError, append_metrics, at_hand, finished_numbers, forget_after, in_short, is_record, load_checkpoint, read_metrics,
-                                  read_tensors, save_checkpoint, save_snapshot, write_verified)
+                                  read_tensors, save_checkpoint, save_snapshot, write_tensors)
 
 # %% ../nbs/09_training.ipynb #f73c3184
 def convolution_seconds(
@@ -641,8 +640,8 @@ def keep_averages(
 ) -> None:
     "Put the stage's power-function averages aside, in fp16, as `averages/step_N-WIDTH.safetensors`."
     for width, average in stage.kept_averages().items():
-        tensors = {name: tensor.detach().half().cpu().contiguous() for name, tensor in average.module.state_dict().items()}
-        write_verified(run.folder / "averages" / f"step_{tick.step:07d}-{width}.safetensors", lambda temporary: save_file(tensors, temporary))
+        tensors = {name: tensor.detach().half() for name, tensor in average.module.state_dict().items()}
+        write_tensors(run.folder / "averages" / f"step_{tick.step:07d}-{width}.safetensors", tensors, {})
 
 
 def choose_average(

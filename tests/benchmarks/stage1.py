@@ -23,9 +23,9 @@ from image_diffusion.bottleneck import GaussianBottleneck
 from image_diffusion.data import load_prepared, prepare, to_bytes
 from image_diffusion.fid import Lite0Features, collect_stats, frechet_distance, in_batches
 from image_diffusion.perceptual import FeatureDistance, load_lite0
-from image_diffusion.runs import Run
+from image_diffusion.runs import Run, load_checkpoint
 from image_diffusion.train_autoencoder import PRESETS, AutoencoderStage
-from image_diffusion.training import Budget, Precision, fit, make_ema, resume_stage
+from image_diffusion.training import Budget, Precision, fit, make_ema
 
 KL, VQ, SEED = PRESETS["photos64-kl"], PRESETS["photos64-vq"], PRESETS["original-kl"]
 F8 = replace(KL, model=replace(KL.model, z_channels=4 * KL.model.z_channels, patch=8, ch=192, ch_mult=(1,), enc_blocks=2, dec_blocks=3))
@@ -103,7 +103,7 @@ def train(name, data, minutes, out):
     stage = stage_class(data, recipe, Precision.pick(), perceptual, "lite0" if perceptual else None)
     run = Run.open(out / name, {"stage": "autoencoder", "preset": name, "recipe": asdict(recipe), "minutes": minutes, "data": data.manifest["sha256"]})
     finished = fit(stage, run, Budget(minutes=minutes), name)
-    resume_stage(stage, run)
+    stage.load_state_dict(load_checkpoint(run)["stage"])      # where the run was finished before, too
     facts = {"name": name, "parameters": count_parameters(stage.model), "minutes": minutes, "threads": torch.get_num_threads(), "seed": recipe.seed,
              "precision": str(stage.precision.dtype), "steps": finished["step"], "images": finished["step"] * recipe.batch_size, "lr": recipe.lr}
     print(json.dumps(facts | {key: round(value, 4) for key, value in measure(stage, data).items()}), flush=True)

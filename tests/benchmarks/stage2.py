@@ -25,10 +25,10 @@ from image_diffusion.fid import Lite0Features, collect_features, collect_stats, 
 from image_diffusion.generate import Prior, class_accuracy, class_grid, generate, labels_of
 from image_diffusion.latents import cache_latents, latents_folder
 from image_diffusion.plots import save_png
-from image_diffusion.runs import Run
+from image_diffusion.runs import Run, load_checkpoint
 from image_diffusion.train_autoencoder import load_autoencoder
 from image_diffusion.train_diffusion import PRESETS, DiffusionStage
-from image_diffusion.training import Budget, Precision, fit, make_ema, resume_stage
+from image_diffusion.training import Budget, Precision, fit, make_ema
 from image_diffusion.unet import UNet
 
 OURS = PRESETS["photos64"]
@@ -84,7 +84,7 @@ def train(name, data, latents, autoencoder, minutes, samples, out):
     stage = stage_class(latents, recipe, autoencoder, data.classes, Precision.pick())
     run = Run.open(out / name, {"stage": "diffusion", "preset": name, "recipe": asdict(recipe), "minutes": minutes, "autoencoder": latents.facts["autoencoder"]})
     finished = fit(stage, run, Budget(minutes=minutes), name)
-    resume_stage(stage, run)
+    stage.load_state_dict(load_checkpoint(run)["stage"])      # where the run was finished before, too
     prior = as_prior(stage, recipe, finished["step"])
     save_png(class_grid(prior)[0], out / f"{name}.png", nrow=8)
     facts = {"name": name, "parameters": count_parameters(stage.denoiser), "minutes": minutes, "threads": torch.get_num_threads(), "steps": finished["step"],
