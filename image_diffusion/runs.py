@@ -420,7 +420,7 @@ def tensors_sha256(
     digest = hashlib.sha256(json.dumps({name: text for name, text in metadata.items() if name != "sha256"}, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -11,8 +11,9 @@ import pytest
 from conftest import MAIN, SIZE, contents, start, type_in, write_photos
 from hypothesis import given
 from hypothesis import strategies as st
+from image_diffusion import cli
 from image_diffusion.data import from_bytes, prepare, to_bytes
-from image_diffusion.runs import Run, config_difference, read_metrics
+from image_diffusion.runs import Run, RunError, config_difference, read_metrics
 from image_diffusion.train_autoencoder import PRESETS as AUTOENCODERS
 from image_diffusion.train_diffusion import PRESETS as PRIORS
 from image_diffusion.training import batch_indices
@@ -129,6 +130,16 @@ def test_a_run_of_other_settings(whole_run, photos):
     refused("run", photos, "--run", whole_run, "--preset", "tiny", "--samples", 99, keep=whole_run, says=says)
     refused("train-autoencoder", "--data", whole_run / "data", "--preset", "tiny-vq", "--run", whole_run / "autoencoder-kl", "--steps", 7,
             keep=whole_run, says=['recipe.model.bottleneck: "kl" there, "vq" now', "steps: null there, 7 now"])
+
+
+@pytest.mark.parametrize("stage, number", [("autoencoder-kl", "dev_psnr"), ("prior", "dev_loss")])
+def test_final_numbers_that_lack_one(whole_run, photos, tmp_path, stage, number):
+    folder = shutil.copytree(whole_run, tmp_path / "run")
+    (folder / "finished.json").unlink()
+    path = folder / stage / "finished.json"
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != number}))
+    with pytest.raises(RunError, match=f"{stage}/finished.json is damaged"):
+        cli.run(str(photos), folder, "tiny", hours=30 / 3600, bottlenecks=("kl", "vq"), samples=24)
 
 
 def test_a_folder_that_holds_something_else(old, prepared):
