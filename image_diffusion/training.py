@@ -229,6 +229,7 @@ def seed_step(
 class Stage:
     "What is trained: a child names its stateful `parts` and adds `train_step`, `evaluate`, `score`, `sample` and `snapshot` (see `fit`)."
     parts = ()   # names of the attributes that have a state: networks, EMA, optimizers, scalers
+    precision = Precision()
     rescues = 0  # how often training broke down and went back to a checkpoint
     measure_every = None   # steps between two measurements that take minutes, by a `measure(run, step, stop)` that goes on where a kill left it; None = none
 
@@ -259,17 +260,27 @@ class Stage:
 
     def state_dict(self) -> dict:
         "The state of all parts, for a checkpoint."
-        return {name: getattr(self, name).state_dict() for name in self.parts} | {"rescues": self.rescues}
+        return {name: getattr(self, name).state_dict() for name in self.parts} | {"rescues": self.rescues, "precision": str(self.precision)}
 
     def load_state_dict(self, state: dict) -> None:
         "Take up the state of a checkpoint. A scaler that was off on the other machine left none: it starts anew. Of an optimizer, the settings are the recipe's."
         self.rescues = state["rescues"]
+        self.keep_precision(state.get("precision"))                # older checkpoints have none
         for name in self.parts:
             part = getattr(self, name)
             if isinstance(part, torch.optim.Optimizer):
                 part.load_state_dict(part.state_dict() | {"state": state[name]["state"]})
             elif state[name] or not isinstance(part, torch.amp.GradScaler):
                 part.load_state_dict(state[name])
+
+    def keep_precision(self, begun: str) -> None:
+        "On a CPU go on in the precision that training began with: which is faster was measured, and a busy machine may measure otherwise."
+        known = {str(precision): precision for precision in (Precision("cpu", torch.float32), Precision("cpu", torch.bfloat16))}
+        if self.precision.device == "cpu" and begun in known:
+            self.precision = known[begun]
+            for part in (getattr(self, name) for name in self.parts):
+                if isinstance(part, torch.nn.Module):
+                    self.precision.place(part)
 
 
 @dataclass

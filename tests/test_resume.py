@@ -13,14 +13,18 @@ from image_diffusion.runs import Run, load_snapshot, read_metrics
 STEPS = 80
 OFTEN, NEVER = 0.01, 1000      # minutes between checkpoints
 AUTOENCODER = """import sys
+from image_diffusion import training
 from image_diffusion.data import load_prepared
 from image_diffusion.train_autoencoder import train_autoencoder
 data, folder, steps, minutes = sys.argv[1:]
+training.faster_in_bf16 = lambda: folder.endswith("again")     # whoever resumes measures otherwise
 train_autoencoder(load_prepared(data), folder, "tiny-vq", steps=int(steps), save_every_minutes=float(minutes))"""
 PRIOR = """import sys
+from image_diffusion import training
 from image_diffusion.data import load_prepared
 from image_diffusion.train_diffusion import train_diffusion
 data, autoencoder, folder, steps, minutes = sys.argv[1:]
+training.faster_in_bf16 = lambda: folder.endswith("again")
 train_diffusion(load_prepared(data), autoencoder, folder, "tiny", steps=int(steps), save_every_minutes=float(minutes))"""
 
 
