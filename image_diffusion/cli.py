@@ -466,13 +466,14 @@ def inpaint(photo, mask, folder, autoencoder, average, steps, sampler, seed, out
 @GUIDED
 @CLASS
 @click.option("--width", default=512, type=click.IntRange(min=1), help="px; a multiple of 4, or of 8 with an f = 8 autoencoder.")
-def panorama(folder, autoencoder, average, steps, sampler, seed, out, guidance, name, width):
+@click.option("--wrap", is_flag=True, help="All around: the right edge meets the left.")
+def panorama(folder, autoencoder, average, steps, sampler, seed, out, guidance, name, width, wrap):
     "Draw one seamless landscape of any width."
     from image_diffusion.generate import class_labels, load_prior, panorama as draw
     prior = load_prior(folder, autoencoder, average=average)
     label = class_labels(prior, [class_name(prior, name)], 1).item()
     sampling = {"seed": seed, "steps": steps, "sampler": sampler, "guidance": guidance}
-    save_drawn(draw(prior, label, width, **sampling), prior, out or folder / f"panorama-seed{seed}.png", 1, width=width,
+    save_drawn(draw(prior, label, width, wrap=wrap, **sampling), prior, out or folder / f"panorama-seed{seed}.png", 1, width=width, wrap=wrap,
                classes=class_name(prior, name), average=average, **sampling)
 
 

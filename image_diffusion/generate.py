@@ -364,6 +364,7 @@ def panorama(
     width: int,             # px, at least the size of the prior's pictures and a multiple of the autoencoder's factor
     seed: int = 0,
     first: int = 0,         # which panorama of the seed
+    wrap: bool = False,     # all around: the right edge meets the left
     **sampling,             # of `draw_latents`
 ) -> torch.Tensor:
     "A landscape (1,3,H,width). RunError for a width that does not fit."
@@ -371,8 +372,12 @@ def panorama(
     if width < prior.size or width % factor:
         raise RunError(f"A panorama is at least {prior.size} px wide, and a multiple of {factor} px, not {width} px.")
     labels = torch.full((1,), label, device=prior.precision.device)
-    z = draw_latents(prior, labels, [first], seed=seed, shape=(channels, side, width // factor), denoiser=windowed(prior.denoiser, side, side // 2), **sampling)
-    return decode(prior, z).cpu()
+    windows = windowed(prior.denoiser, side, side // 2, wrap)
+    z = draw_latents(prior, labels, [first], seed=seed, shape=(channels, side, width // factor), denoiser=windows, **sampling)   # (1,C,h,w)
+    if not wrap:
+        return decode(prior, z).cpu()
+    around = torch.cat([z[..., -side:], z, z[..., :side]], dim=-1)                      # the decoder, too, sees what is across the edge
+    return decode(prior, around).cpu()[..., prior.size:-prior.size]
 
 # %% ../nbs/16_generate.ipynb #3626beb3
 def networks_at_hand(**resize) -> list:

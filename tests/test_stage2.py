@@ -139,7 +139,8 @@ def test_commands_draw_and_note_their_settings(home, data, prior, tmp_path):
     for words, size in ((["generate", "--n", "2"], None), (["generate", "--n", "2", "--class", "none"], None),
                         (["generate", "--n", "1", "--guidance", "1", "--guidance", "3"], None), (["generate", "--n", "1", "--average", "0.1"], None),
                         (["interpolate", "--to", other, "--n", "3"], None), (["vary", str(photo), "--n", "2", "--class", some], None),
-                        (["inpaint", str(photo), str(mask), "--n", "2"], None), (["panorama", "--width", "96"], (96, 32))):
+                        (["inpaint", str(photo), str(mask), "--n", "2"], None), (["panorama", "--width", "96"], (96, 32)),
+                        (["panorama", "--width", "64", "--wrap"], (64, 32))):
         result = type_in(*words, "--run", run, "--steps", "2", "--out", str(out))
         assert result.exit_code == 0, result.output
         with Image.open(out) as picture:
