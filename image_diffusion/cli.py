@@ -358,7 +358,7 @@ def prior_options(command):
 
 
 CLASS = click.option("--class", "name", help="Class of all pictures; `none` for no class.  [default: the first]")
-GUIDED = click.option("--guidance", type=float, help="1 = none; higher is clearer and less varied.  [default: 2, without classes 1]")
+GUIDED = click.option("--guidance", type=float, help="1 = none; higher is clearer and less varied.  [default: 2.5, without classes 1]")
 
 
 def class_name(
@@ -389,7 +389,7 @@ def save_drawn(
 @click.option("--n", type=click.IntRange(min=1), help="Number of pictures; with several --guidance, for each class and strength.  [default: 27; 3]")
 @click.option("--class", "name", help="Class of all pictures; `none` for no class.  [default: all classes in turn]")
 @click.option("--guidance", "guidances", multiple=True, type=float, help="1 = none; higher is clearer and less varied; give several for a grid of all "
-              "classes at all strengths.  [default: 2, without classes 1]")
+              "classes at all strengths.  [default: 2.5, without classes 1]")
 def generate(folder, autoencoder, average, steps, sampler, seed, out, n, name, guidances):
     "Draw landscapes with a trained prior."
     from image_diffusion.generate import class_labels, generate as draw, guidance_grid, load_prior
@@ -485,7 +485,7 @@ def panorama(folder, autoencoder, average, steps, sampler, seed, out, guidance, 
 @click.option("--protocol", type=click.Choice(["standard", "seed"]), default="standard", help="seed: an autoencoder's rFID as the first attempt measured it, against 192 photos.")
 @click.option("--autoencoder", type=click.Path(path_type=Path), help="A prior's autoencoder's run folder.  [default: where it was at training]")
 @click.option("--average", type=float, help="Width of the average of weights, 0.01 to 0.25 of the training.  [default: the run's own]")
-@click.option("--guidance", type=float, help="1 = none.  [default: 2, without classes 1]")
+@click.option("--guidance", type=float, help="1 = none.  [default: 2.5, without classes 1]")
 @click.option("--steps", default=20, type=click.IntRange(min=1), help="Noise levels visited per picture.")
 @click.option("--sampler", default="dpmpp_2m", help="dpmpp_2m, dpmpp_2m_sde, unipc, heun, euler, ddim or ddpm.")
 @click.option("--seed", default=1, type=click.IntRange(min=0))

@@ -145,7 +145,7 @@ def test_commands_draw_and_note_their_settings(home, data, prior, tmp_path):
         assert result.exit_code == 0, result.output
         with Image.open(out) as picture:
             assert json.loads(picture.text["steps"]) == 2 and json.loads(picture.text["seed"]) == 0
-            assert json.loads(picture.text["guidance"]) == ([1, 3] if "3" in words and words[0] == "generate" else 2)      # never None
+            assert json.loads(picture.text["guidance"]) == ([1, 3] if "3" in words and words[0] == "generate" else 2.5)      # never None
             assert size is None or picture.size == size
         out.unlink()
 

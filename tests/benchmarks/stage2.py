@@ -70,7 +70,7 @@ def as_prior(stage, recipe, step):
 def measure(prior, data, samples, seed=1):
     "The distances of samples to the dev photos, and how often their class is recognised."
     labels, features = labels_of(prior, data, np.random.default_rng(seed).choice(data.train, samples)), Lite0Features()
-    images = to_bytes(generate(prior, labels, seed)).numpy()
+    images = to_bytes(generate(prior, labels, seed, guidance=2.0 if prior.classes else 1.0)).numpy()
     reference = collect_stats(in_batches(data.images, data.dev), features)
     distance, error = kid(collect_features(in_batches(images), features), collect_features(in_batches(data.images, data.dev), features))
     return {"samples": samples, "FD-lite0": frechet_distance(collect_stats(in_batches(images), features), reference), "KID-lite0": distance, "KID-error": error,
