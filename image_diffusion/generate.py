@@ -1033,7 +1033,7 @@ COUNTS = (5, 10, 20, 40)    # network evaluations at which samplers are compared
 def sampler_distances(
     prior: Prior,
     data: Prepared,
-    samples: int = 500,      # drawn for each point
+    samples: int = 256,      # drawn for each point
     seed: int = 1,
     longest: int = 1000,     # evaluations of the reference, DDPM
 ) -> list:                   # records with sampler, evaluations, and distance to dev

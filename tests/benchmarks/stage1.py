@@ -29,6 +29,7 @@ from image_diffusion.training import Budget, Precision, fit, make_ema
 
 KL, VQ, SEED = PRESETS["photos64-kl"], PRESETS["photos64-vq"], PRESETS["original-kl"]
 F8 = replace(KL, model=replace(KL.model, z_channels=4 * KL.model.z_channels, patch=8, ch=192, ch_mult=(1,), enc_blocks=2, dec_blocks=3))
+WIDE = replace(KL, model=replace(KL.model, ch=64, enc_blocks=2, dec_blocks=3))
 PIXELS = dict(perceptual_weight=0.0, disc=replace(KL.disc, weight=0.0))      # no judge but L1 and MSE
 
 
@@ -80,6 +81,7 @@ def theirs(*channels):
 CONTESTANTS = {   # name -> (recipe, stage)
     "kl": (KL, AutoencoderStage), "vq": (VQ, AutoencoderStage), "original": (seed_recipe(), AutoencoderStage),
     "f8": (F8, AutoencoderStage), "f8-pixels": (replace(F8, **PIXELS), AutoencoderStage),
+    "f8-lr0.0007": (replace(F8, lr=7e-4), AutoencoderStage), "wide": (WIDE, AutoencoderStage),
     "kl-pixels": (replace(KL, **PIXELS), AutoencoderStage), "vq-pixels": (replace(VQ, **PIXELS), AutoencoderStage),
     **{f"diffusers-{ch}": (KL, theirs(ch, 2 * ch, 4 * ch)) for ch in (16, 32, 64)},
     **{f"diffusers-{ch}-pixels": (replace(KL, **PIXELS), theirs(ch, 2 * ch, 4 * ch)) for ch in (16, 32, 64)},

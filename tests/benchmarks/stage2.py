@@ -3,7 +3,7 @@
     python tests/benchmarks/stage2.py data/photos64 runs/kl --minutes 60 ours first-attempt
 
 Each contestant is trained for the same minutes from the same seed on the latents of one autoencoder, one after the other, and draws the same
-number of samples (classes in the proportions of the train split, EMA weights, DPM-Solver++(2M), 20 evaluations, guidance 2), which are
+number of samples (classes in the proportions of the train split, EMA weights, DPM-Solver++(2M), 20 evaluations, guidance 2 or `--guidance`), which are
 compared with the dev photos: FD-lite0, KID, and how often the asked class is recognised. With `--one-core` each trains on one core and for minutes
 of that core's time, whatever else the machine does. The same command again goes on. Without names it lists the contestants.
 """
@@ -33,6 +33,7 @@ from image_diffusion.unet import UNet
 
 OURS = PRESETS["photos64"]
 SEED = replace(PRESETS["original"], model=OURS.model, batch_size=OURS.batch_size, power_emas=())
+F8 = replace(OURS, model=replace(OURS.model, size=8, ch=128, ch_mult=(1, 2)))       # for an f = 8 autoencoder's latents; a step costs 0.8 of ours
 
 
 class FirstAttemptStage(DiffusionStage):
@@ -57,6 +58,7 @@ CONTESTANTS = {   # name -> (recipe, stage)
     "flow": (replace(OURS, parameterisation="flow", noise_levels="flow", weighting="uniform"), DiffusionStage),
     "edm": (replace(OURS, parameterisation="edm", noise_levels="lognormal", weighting="edm"), DiffusionStage),
     "x0-cosine": (replace(OURS, parameterisation="x0"), DiffusionStage),
+    "f8": (F8, DiffusionStage),
     **{f"ours-lr{lr:g}": (replace(OURS, lr=lr), DiffusionStage) for lr in (5e-4, 2e-3)},
     **{f"ours-batch{batch}": (replace(OURS, batch_size=batch), DiffusionStage) for batch in (16, 64)},
 }
@@ -67,18 +69,18 @@ def as_prior(stage, recipe, step):
     return Prior(stage.ema.module.eval(), stage.scale, stage.autoencoder, stage.classes, stage.latents.shape, sigma_range(recipe.noise_levels), step, stage.precision)
 
 
-def measure(prior, data, samples, seed=1):
+def measure(prior, data, samples, guidance, seed=1):
     "The distances of samples to the dev photos, and how often their class is recognised."
     labels, features = labels_of(prior, data, np.random.default_rng(seed).choice(data.train, samples)), Lite0Features()
-    images = to_bytes(generate(prior, labels, seed, guidance=2.0 if prior.classes else 1.0)).numpy()
+    images = to_bytes(generate(prior, labels, seed, guidance=guidance)).numpy()
     reference = collect_stats(in_batches(data.images, data.dev), features)
     distance, error = kid(collect_features(in_batches(images), features), collect_features(in_batches(data.images, data.dev), features))
-    return {"samples": samples, "FD-lite0": frechet_distance(collect_stats(in_batches(images), features), reference), "KID-lite0": distance, "KID-error": error,
+    return {"guidance": guidance, "samples": samples, "FD-lite0": frechet_distance(collect_stats(in_batches(images), features), reference), "KID-lite0": distance, "KID-error": error,
             "class": class_accuracy(images, labels.cpu(), prior, data)["value"] if prior.classes else None}
 
 
-def train(name, data, latents, autoencoder, minutes, samples, out):
-    "Train one contestant as a run in out/name, and print its numbers as a line of JSON."
+def train(name, data, latents, autoencoder, minutes, samples, guidances, out):
+    "Train one contestant as a run in out/name, and print its numbers as a line of JSON for each strength of guidance."
     recipe, stage_class = CONTESTANTS[name]
     recipe = replace(recipe, model=replace(recipe.model, in_ch=latents.shape[0], num_classes=data.num_classes))
     stage = stage_class(latents, recipe, autoencoder, data.classes, Precision.pick())
@@ -89,7 +91,8 @@ def train(name, data, latents, autoencoder, minutes, samples, out):
     save_png(class_grid(prior)[0], out / f"{name}.png", nrow=8)
     facts = {"name": name, "parameters": count_parameters(stage.denoiser), "minutes": minutes, "threads": torch.get_num_threads(), "steps": finished["step"],
              "images": finished["step"] * recipe.batch_size, "lr": recipe.lr, "dev_loss": finished["dev_loss"]}
-    print(json.dumps(facts | measure(prior, data, samples)), flush=True)
+    for guidance in guidances:
+        print(json.dumps(facts | measure(prior, data, samples, guidance)), flush=True)
 
 
 def main():
@@ -99,6 +102,7 @@ def main():
     parser.add_argument("names", nargs="*", help="contestants")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--samples", type=int, default=2000)
+    parser.add_argument("--guidance", type=float, nargs="+", default=[2.0], help="strengths, each measured (1 = none; photos without classes know no other)")
     parser.add_argument("--one-core", action="store_true", help="one thread, and minutes of processor time")
     parser.add_argument("--out", type=Path, default=Path("runs/stage2"), help="a run folder for each contestant")
     args = parser.parse_intermixed_args()
@@ -109,7 +113,7 @@ def main():
     data, autoencoder = load_prepared(args.data), load_autoencoder(args.autoencoder)
     latents = cache_latents(autoencoder, data, args.autoencoder, latents_folder(data, args.autoencoder))
     for name in args.names:
-        train(name, data, latents, autoencoder, args.minutes, args.samples, args.out)
+        train(name, data, latents, autoencoder, args.minutes, args.samples, args.guidance, args.out)
 
 
 if __name__ == "__main__":
