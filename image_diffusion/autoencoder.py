@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_BLOCKS', 'BOTTLENECKS', 'AutoencoderError', 'per_level', 'AutoencoderConfig', 'middle', 'make_levels', 'Encoder',
-           'Decoder', 'count_parameters', 'count_macs', 'LinearPath', 'Autoencoder', 'make_autoencoder',
-           'diffusers_state_dict', 'is_classic', 'diffusers_name']
+           'Decoder', 'count_parameters', 'count_macs', 'LinearPath', 'principal_components', 'coded', 'best_windows',
+           'best_axes', 'Autoencoder', 'make_autoencoder', 'diffusers_state_dict', 'is_classic', 'diffusers_name']
 
 # %% ../nbs/04_autoencoder.ipynb #48bf0e34
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class AutoencoderConfig:
     patch: int = 1               # side of the pixel square that is one position; 1 = the classic network
     mid_attn: bool = True        # attention at the lowest resolution
     mid_blocks: int = 1          # residual blocks on each side of that attention
-    linear: bool = False         # principal components beside the networks
+    linear: bool = False         # the best linear autoencoder beside the networks
     early: bool = False          # a level already has the width of the next one on the way, as in the first attempt
     num_groups: int = 32         # groups of all norms; must divide every width
     codebook_size: int = 1024    # vq: number of codes
@@ -187,7 +187,7 @@ def count_macs(
 
 # %% ../nbs/04_autoencoder.ipynb #388fc3cc
 class LinearPath(nn.Module):
-    "A linear autoencoder of squares of pixels; `place` makes it the best one, principal components (Baldi & Hornik 1989)."
+    "A linear autoencoder whose windows overlap: each code sees, and draws, its square of pixels and the eight around it."
     def __init__(
         self,
         factor,      # side of a square, pixels
@@ -197,27 +197,74 @@ class LinearPath(nn.Module):
     ):
         super().__init__()
         self.factor, self.z_channels = factor, z_channels
-        self.down = nn.Conv2d(in_ch, h_channels, factor, stride=factor)
-        self.up = nn.ConvTranspose2d(z_channels, in_ch, factor, stride=factor)
+        window = dict(kernel_size=3 * factor, stride=factor, padding=factor)
+        self.down = nn.Conv2d(in_ch, h_channels, **window, padding_mode="replicate")
+        self.up = nn.ConvTranspose2d(z_channels, in_ch, **window)
 
     @torch.no_grad()
     def place(
         self,
         x,       # (B, in_ch, H, W): images to learn from
-        whiten,  # every component at standard deviation 1; else all are scaled alike, so that distances stay those of pixels
+        whiten,  # every channel of a latent at mean square 1; else all are scaled alike, so that distances stay those of pixels
     ):
-        "Set both convolutions by principal components; a latent then has standard deviation 1 (over all channels, without `whiten`)."
-        squares = F.pixel_unshuffle(x.float(), self.factor).movedim(1, -1).flatten(0, 2).double()        # (N, in_ch*factor**2)
-        mean = squares.mean(0)
-        values, vectors = torch.linalg.eigh((squares - mean).T @ (squares - mean) / len(squares))        # ascending
-        std = values.flip(0)[:self.z_channels].clamp(min=1e-8).sqrt()                                    # (C,)
-        axes = vectors.flip(1)[:, :self.z_channels].T.reshape(self.z_channels, x.shape[1], self.factor, self.factor)
-        scale = (std if whiten else std.square().mean().sqrt().expand_as(std))[:, None, None, None]
+        "Set both convolutions to the best windows for these images; a latent then has mean square 1 (over all channels, without `whiten`)."
+        x = x.float()
+        mean = x.mean((0, 2, 3))                                                                         # (in_ch,)
+        centred = x - mean[:, None, None]
+        with torch.autocast(x.device.type, enabled=False):
+            down, up = best_windows(centred, principal_components(centred, self.factor, self.z_channels))
+            down, up = best_axes(centred, down, up, whiten)
         for parameter in self.parameters(): parameter.zero_()
-        self.down.weight[:self.z_channels] = axes / scale
-        self.down.bias[:self.z_channels] = -((axes / scale).flatten(1) @ mean)
-        self.up.weight.copy_(axes * scale)
-        self.up.bias.copy_(mean.reshape(x.shape[1], -1).mean(1))
+        self.down.weight[:self.z_channels] = down
+        self.down.bias[:self.z_channels] = -down.sum((2, 3)) @ mean
+        self.up.weight.copy_(up)
+        self.up.bias.copy_(mean)
+
+def principal_components(
+    x,       # (B, in_ch, H, W), of mean 0
+    factor,  # side of a square, pixels
+    number,  # how many, at most in_ch * factor**2
+):  # (number, in_ch, factor, factor), orthonormal, the most important first
+    "The axes along which squares of pixels differ most: the best linear code of a single square (Baldi & Hornik 1989)."
+    squares = F.pixel_unshuffle(x, factor).movedim(1, -1).flatten(0, 2).double()                         # (N, in_ch*factor**2)
+    axes = torch.linalg.eigh(squares.T @ squares).eigenvectors.flip(1)                                   # in columns
+    return axes[:, :number].T.reshape(number, x.shape[1], factor, factor).float()
+
+def coded(x, down):
+    "Codes (B, C, H/factor, W/factor) of images, by windows of three factors."
+    factor = down.shape[-1] // 3
+    return F.conv2d(F.pad(x, (factor,) * 4, mode="replicate"), down, stride=factor)
+
+def best_windows(
+    x,      # (B, in_ch, H, W), of mean 0
+    start,  # (C, in_ch, factor, factor): windows of a single square
+):  # both (C, in_ch, 3*factor, 3*factor): weights of the convolution, and of the transposed one
+    "Windows that overlap, with the least squared error on `x`, by L-BFGS."
+    factor = start.shape[-1]
+    down, up = (F.pad(start, (factor,) * 4).requires_grad_() for _ in range(2))
+    optimizer = torch.optim.LBFGS([down, up], max_iter=150, history_size=100, line_search_fn="strong_wolfe")
+    def error():
+        optimizer.zero_grad()
+        loss = F.mse_loss(F.conv_transpose2d(coded(x, down), up, stride=factor, padding=factor), x)
+        loss.backward()
+        return loss
+    with torch.enable_grad(): optimizer.step(error)
+    return down.detach(), up.detach()
+
+def best_axes(
+    x,         # (B, in_ch, H, W), of mean 0
+    down, up,  # (C, in_ch, 3*factor, 3*factor)
+    whiten,    # as in `LinearPath.place`
+):  # down and up again: other codes, the same images
+    "Mix the codes so that their products average to 0, and that equal changes of a code change pixels equally; then scale them."
+    z = coded(x, down).movedim(1, -1).flatten(0, 2).double()                                             # (N, C)
+    values, vectors = torch.linalg.eigh((up.flatten(1) @ up.flatten(1).T).double())
+    root = vectors @ values.clamp(min=0).sqrt().diag() @ vectors.T                                       # (C, C): with z @ root, `up` is orthonormal
+    values, vectors = torch.linalg.eigh(root @ (z.T @ z / len(z)) @ root)
+    size = values.clamp(min=1e-8)                                                                        # mean squares, ascending
+    mix = root @ vectors / (size if whiten else size.mean()).sqrt()                                      # z @ mix are the new codes
+    turn = lambda matrix, windows: torch.einsum("cd,dihw->cihw", matrix.flip(0).float(), windows)        # the most important first
+    return turn(mix.T, down), turn(torch.linalg.inv(mix), up)
 
 # %% ../nbs/04_autoencoder.ipynb #b09ffd71
 class Autoencoder(nn.Module):
@@ -227,13 +274,14 @@ class Autoencoder(nn.Module):
         encoder,     # x (B, 3, H, W) -> (B, bottleneck.h_channels, H/factor, W/factor)
         bottleneck,  # h -> z, loss, info
         decoder,     # z (B, bottleneck.z_channels, H/factor, W/factor) -> (B, 3, H, W)
-        linear=None, # a `LinearPath` beside encoder and decoder, which then begin by adding nothing
+        linear=None, # a `LinearPath` beside encoder and decoder, which then begin by adding nothing; it does not learn
     ):
         super().__init__()
         self.encoder, self.bottleneck, self.decoder, self.linear = encoder, bottleneck, decoder, linear
         self.quant_conv = nn.Conv2d(bottleneck.h_channels, bottleneck.h_channels, 1)
         self.post_quant_conv = nn.Conv2d(bottleneck.z_channels, bottleneck.z_channels, 1)
         if linear:
+            linear.requires_grad_(False)                             # as `place` leaves it; the networks learn what is left
             for conv in (encoder.conv_out, decoder.conv_out): nn.init.zeros_(conv.weight); nn.init.zeros_(conv.bias)
             nn.init.zeros_(self.quant_conv.bias)
 
@@ -242,10 +290,10 @@ class Autoencoder(nn.Module):
         self,
         x,  # (B, 3, H, W): the first training images
     ):
-        "Before the first step: principal components for the linear path, then k-means for the codes, where there are any."
+        "Before the first step: the best windows for the linear path, then k-means for the codes, where there are any."
         gaussian = isinstance(self.bottleneck, GaussianBottleneck)
         if self.linear:
-            self.linear.place(x, whiten=gaussian)
+            self.linear.place(x[:64], whiten=gaussian)                               # more images change little
             if gaussian: self.linear.down.bias[self.bottleneck.z_channels:] = -4.    # log-variances: a posterior much narrower than the latents
         if hasattr(self.bottleneck, "place"):
             self.bottleneck.place(torch.cat([self.encode(part) for part in x.split(32)]))

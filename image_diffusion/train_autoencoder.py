@@ -117,7 +117,7 @@ def reconstruction_losses(
 
 # %% ../nbs/10_train_autoencoder.ipynb #25910ff3
 R1_EVERY = 16           # steps between two R1 penalties, each weighted by as much (Karras et al. 2020)
-PLACING_BATCHES = 8     # from which principal components and codes are taken
+PLACING_BATCHES = 8     # from which linear path and codes are taken
 
 
 class AutoencoderStage(Stage):
@@ -158,7 +158,7 @@ class AutoencoderStage(Stage):
         return metrics | health | self.code_health(step, check) | {"lr": lr}
 
     def place(self) -> None:
-        "Let principal components and k-means look at the first batches, where the network has a use for them."
+        "Let the linear path and k-means look at the first batches, where the network has a use for them."
         with self.precision.autocast():
             self.model.place(torch.cat([self.batch(step) for step in range(PLACING_BATCHES)]))
 
