@@ -1929,8 +1929,8 @@ def load_batch(
 ) -> torch.Tensor:  # (B,3,S,S) float32 in [-1,1]
     "Gather images from the array and make a batch of them on the device."
     rows = gather(images, indices)
-    if torch.device(device).type == "cuda":
-        rows = rows.pin_memory().to(device, non_blocking=True)
     for k in np.flatnonzero(flips) if flips is not None else ():
         rows[k] = rows[k].flip(1)
+    if torch.device(device).type == "cuda":
+        rows = rows.pin_memory().to(device, non_blocking=True)
     return from_bytes(rows)

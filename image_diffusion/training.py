@@ -7,10 +7,10 @@ __all__ = ['SCALE_FLOOR', 'FP16_MAX', 'CHECK_EVERY', 'RULES', 'DOCTOR_PANELS', '
            'LIBRARIES', 'HOLES', 'CPU_MACS', 'T4_CONTEXT', 'T4_MACS', 'convolution_seconds', 'faster_in_bf16',
            'Precision', 'optimizer_step', 'make_ema', 'power_gamma', 'make_power_ema', 'profile_overlap',
            'average_mixture', 'Budget', 'minutes_of', 'learning_rate', 'batch_indices', 'seed_step', 'Stage', 'Tick',
-           'training_loop', 'Meter', 'largest_activation', 'recent_means', 'rise', 'diagnose', 'plot_doctor',
-           'stop_requests', 'Interrupted', 'BrokenDown', 'sitting_end', 'minutes_left', 'progress_bar', 'check_resumed',
-           'Sitting', 'keep_averages', 'choose_average', 'fit', 'train', 'CostCounter', 'empty_weights', 'bytes_of',
-           'step_cost', 'planned_bytes', 'plan_lines']
+           'training_loop', 'together', 'Meter', 'largest_activation', 'recent_means', 'rise', 'diagnose',
+           'plot_doctor', 'stop_requests', 'Interrupted', 'BrokenDown', 'sitting_end', 'minutes_left', 'progress_bar',
+           'check_resumed', 'Sitting', 'keep_averages', 'choose_average', 'fit', 'train', 'CostCounter',
+           'empty_weights', 'bytes_of', 'step_cost', 'planned_bytes', 'plan_lines']
 
 # %% ../nbs/09_training.ipynb #9b29d4c4
 import math
@@ -307,6 +307,14 @@ def training_loop(
         yield Tick(step, progress, seconds, metrics)
 
 
+def together(
+    values: list,  # numbers, or tensors of one: those of a checkpoint live on the CPU, new ones where the network does
+) -> torch.Tensor:
+    "The values as (n,) float32, where the newest of them is."
+    device = values[-1].device if torch.is_tensor(values[-1]) else "cpu"
+    return torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in values])
+
+
 class Meter:
     "Means of the numbers of the last steps; losses stay on their device until asked for, so that they cost no synchronisation per step."
 
@@ -321,7 +329,7 @@ class Meter:
 
     def state_dict(self) -> dict:
         "The numbers so far, (steps,) each, of the steps on which they were finite."
-        kept = {name: torch.stack([torch.as_tensor(v, dtype=torch.float32) for v in values]).cpu() for name, values in self.values.items()}
+        kept = {name: together(values).cpu() for name, values in self.values.items()}
         return {name: values[values.isfinite()] for name, values in kept.items() if values.isfinite().any()}
 
     def load_state_dict(self, state: dict) -> None:
