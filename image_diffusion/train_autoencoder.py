@@ -86,7 +86,7 @@ _seed = dict(disc=DiscriminatorRecipe(loss="bce", weight=0.1, adaptive=False, st
              warmup_steps=1, steps=24_000, mse_weight=1.0, kl_weight=5e-6 * 3 * 32 * 32, grad_clip=1.0, ema_decay=0.0)
 PRESETS = {
     **_kl_and_vq("tiny", AutoencoderRecipe(TINY, size=32, steps=2_000, perceptual_weight=0.0, **_cpu), codebook_size=256),
-    **_kl_and_vq("photos64", AutoencoderRecipe(PHOTOS, size=64, steps=10_000, perceptual_weight=0.5, **_cpu | {"lr": 1e-3})),
+    **_kl_and_vq("photos64", AutoencoderRecipe(PHOTOS, size=64, steps=10_000, perceptual_weight=0.125, **_cpu | {"lr": 1e-3, "disc": replace(_small_critic, weight=0.2)})),
     **_kl_and_vq("lhq128", AutoencoderRecipe(LHQ, size=128)),
     **_kl_and_vq("lhq128-fast", AutoencoderRecipe(LHQ_FAST, size=128, steps=16_000)),
     **_kl_and_vq("lhq128-f8", AutoencoderRecipe(LHQ_F8, size=128)),
