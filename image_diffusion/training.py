@@ -621,7 +621,8 @@ class Sitting:
         if self.stage.measure_every and tick.step and tick.step % self.stage.measure_every == 0:
             self.save(tick)
             numbers = self.stage.measure(self.run, tick.step, lambda: self.asked() or self.over())
-            if numbers and {"step": tick.step} | numbers not in read_metrics(self.run):       # a kill may have come after it was noted
+            noted = any(record["step"] == tick.step and numbers.keys() <= record.keys() for record in read_metrics(self.run))
+            if numbers and not noted:                                                     # a kill may have come after it was
                 append_metrics(self.run, {"step": tick.step} | numbers)
         return self.asked()
 

@@ -45,7 +45,7 @@ def test_each_figure_of_a_prior_comes_from_a_command(whole_run, tmp_path, name):
 
 def test_samplers_are_compared_at_equal_evaluations(whole_run, prepared):
     prior = load_prior(whole_run / "prior")
-    records = sampler_distances(prior, prepared, samples=8, longest=12)
+    records = sampler_distances(prior, prepared, samples=4, longest=12)
     assert {(r["sampler"], r["evaluations"]) for r in records} >= {("heun", 5), ("heun", 9), ("dpmpp_2m", 20), ("ddpm", 12)}
     assert all(np.isfinite(r["distance"]) for r in records)
     figure = plot_samplers(records)

@@ -20,9 +20,11 @@ data, folder, steps, minutes = sys.argv[1:]
 training.faster_in_bf16 = lambda: folder.endswith("again")     # whoever resumes measures otherwise
 train_autoencoder(load_prepared(data), folder, "tiny-vq", steps=int(steps), save_every_minutes=float(minutes))"""
 PRIOR = """import sys
+from dataclasses import replace
 from image_diffusion import training
 from image_diffusion.data import load_prepared
-from image_diffusion.train_diffusion import train_diffusion
+from image_diffusion.train_diffusion import PRESETS, train_diffusion
+PRESETS["tiny"] = replace(PRESETS["tiny"], batch_size=4)
 data, autoencoder, folder, steps, minutes = sys.argv[1:]
 training.faster_in_bf16 = lambda: folder.endswith("again")
 train_diffusion(load_prepared(data), autoencoder, folder, "tiny", steps=int(steps), save_every_minutes=float(minutes))"""
