@@ -19,11 +19,11 @@ import re
 import signal
 import threading
 import time
+import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -731,20 +731,26 @@ class CostCounter(TorchDispatchMode):
     "Follows the bytes of all tensors that are made under it: `now`, and their `peak`; and counts floating-point operations, `flops`."
     def __init__(self):
         super().__init__()
-        self.sizes, self.peak, self.flops = WeakKeyDictionary(), 0, 0    # storage -> bytes; the dead leave by themselves
+        self.sizes, self.now, self.peak, self.flops = {}, 0, 0, 0    # weak reference to a storage -> bytes
 
-    @property
-    def now(self):
-        "Bytes of the tensors that are alive."
-        return sum(self.sizes.values())
+    def follow(self, storage):
+        "Count a storage until it dies."
+        reference = weakref.ref(storage, self.forget)
+        if reference not in self.sizes:
+            self.sizes[reference] = storage.nbytes()
+            self.now += storage.nbytes()
+
+    def forget(self, reference):
+        "A storage has died."
+        self.now -= self.sizes.pop(reference)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         "Run one operation and take down what it made; where a fake tensor is asked for its number, say 1."
         if func is torch.ops.aten._local_scalar_dense.default: return 1
         if func is torch.ops.aten.bincount.default: return args[0].new_empty(args[-1])       # (minlength,): no index is larger
         out = func(*args, **(kwargs or {}))
-        storages = [x.untyped_storage() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-        self.sizes.update({storage: storage.nbytes() for storage in storages})
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor): self.follow(x.untyped_storage())
         self.peak = max(self.peak, self.now)
         if count := flop_registry.get(func._overloadpacket):             # convolutions, matrix products and their gradients
             self.flops += count(*args, **(kwargs or {}), out_val=out)
