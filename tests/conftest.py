@@ -21,6 +21,12 @@ SIZE = PRESETS["tiny-kl"].size
 MAIN = [sys.executable, "-c", "from image_diffusion.cli import main; main(prog_name='image_diffusion')"]   # the console script
 
 torch.set_num_threads(1)   # tests run side by side, one on each core
+NARROW = """
+from dataclasses import replace
+from image_diffusion.train_diffusion import PRESETS
+PRESETS["tiny"] = replace(PRESETS["tiny"], model=replace(PRESETS["tiny"].model, ch=16, num_groups=8), batch_size=8)
+"""
+exec(NARROW, {})           # drawing is most of what tests wait for; a script that trains a prior starts with it, too
 hypothesis.settings.register_profile("suite", deadline=None, max_examples=50)   # a busy machine is no failure
 hypothesis.settings.load_profile("suite")
 

@@ -12,7 +12,7 @@ import torch
 from cleanfid.fid import frechet_distance as cleanfid_distance
 from cleanfid.fid import kernel_distance as cleanfid_kernel
 from cleanfid.resize import build_resizer
-from conftest import type_in
+from conftest import NARROW, type_in
 from image_diffusion.data import prepare, synthetic_landscapes
 from image_diffusion.fid import (ENOUGH, INCEPTION, FeatureStats, FIDError, InceptionFeatures, ModuleFeatures, RandomFeatures, collect_samples, collect_stats, frechet_distance, kid,
                                  neighbour_shares, photo_stats, picture_bytes, resized)
@@ -219,7 +219,7 @@ def test_samples_are_measured_while_training_where_it_is_asked_for(runs, tmp_pat
     assert measured[0][f"{name}_floor"] == measured[1][f"{name}_floor"] < measured[0][name] != measured[1][name]
 
 
-KILLED = """
+KILLED = NARROW + """
 import os, signal, sys, torch
 torch.set_num_threads(1)
 from image_diffusion.data import load_prepared

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from conftest import MAIN, contents, start
+from conftest import MAIN, NARROW, contents, start
 from image_diffusion.runs import Run, load_snapshot, read_metrics
 
 STEPS = 80
@@ -19,12 +19,10 @@ from image_diffusion.train_autoencoder import train_autoencoder
 data, folder, steps, minutes = sys.argv[1:]
 training.faster_in_bf16 = lambda: folder.endswith("again")     # whoever resumes measures otherwise
 train_autoencoder(load_prepared(data), folder, "tiny-vq", steps=int(steps), save_every_minutes=float(minutes))"""
-PRIOR = """import sys
-from dataclasses import replace
+PRIOR = NARROW + """import sys
 from image_diffusion import training
 from image_diffusion.data import load_prepared
-from image_diffusion.train_diffusion import PRESETS, DiffusionStage, train_diffusion
-PRESETS["tiny"] = replace(PRESETS["tiny"], batch_size=4)
+from image_diffusion.train_diffusion import DiffusionStage, train_diffusion
 DiffusionStage.sample = lambda self, path: None                # no pictures: they take longer than the rest
 data, autoencoder, folder, steps, minutes = sys.argv[1:]
 training.faster_in_bf16 = lambda: folder.endswith("again")
