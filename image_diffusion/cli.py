@@ -56,12 +56,11 @@ def prior_minutes(
 
 
 def planned_minutes(
-    folder: Path,    # a stage's run folder
-    minutes: float,  # what it would get if it started now
+    folder: Path,  # a stage's run folder
 ) -> float:
-    "The stage's budget: as fixed by an earlier sitting, else as given."
+    "The stage's budget as an earlier sitting fixed it; None if there was none."
     from image_diffusion.runs import Run
-    return Run.load(folder).config["minutes"] if (folder / "config.json").exists() else minutes
+    return Run.load(folder).config["minutes"] if (folder / "config.json").exists() else None
 
 # %% ../nbs/17_cli.ipynb #867fba70
 def train_both_stages(
@@ -82,14 +81,14 @@ def train_both_stages(
     used, save = data.manifest["seconds"] / 60, min(5, minutes / 10)
     for kind in bottlenecks:
         place = folder / f"autoencoder-{kind}"
-        budget = planned_minutes(place, minutes * AUTOENCODER_SHARE / len(bottlenecks))
+        budget = planned_minutes(place) or minutes * AUTOENCODER_SHARE / len(bottlenecks)
         result = train_autoencoder(data, place, f"{preset}-{kind}", budget, seed=seed, save_every_minutes=save, budget=minutes_left(end))
         used += result["minutes"]
         click.echo(f"Trained the {kind.upper()} autoencoder in {result['minutes']:.1f} minutes ({result['step']} steps): "
                    f"dev PSNR {result['dev_psnr']:.2f} dB, SSIM {result['dev_ssim']:.3f}"
                    + (f", {result['dev_codes_used']} codes used, perplexity {result['dev_perplexity']:.0f}." if {"dev_codes_used", "dev_perplexity"} <= result.keys() else "."))
     place = folder / "prior"
-    budget = planned_minutes(place, prior_minutes(minutes, used, drawing_minutes(preset, samples + GRIDS)))
+    budget = planned_minutes(place) or prior_minutes(minutes, used, drawing_minutes(preset, samples + GRIDS))
     result = train_diffusion(data, folder / f"autoencoder-{bottlenecks[0]}", place, preset, budget, seed=seed, save_every_minutes=save, budget=minutes_left(end))
     click.echo(f"Trained the prior in {result['minutes']:.1f} minutes ({result['step']} steps): dev loss {result['dev_loss']:.4f}.")
 
