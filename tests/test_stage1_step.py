@@ -95,6 +95,18 @@ def test_ema_weights_are_what_is_evaluated_and_shared(prepared):
     assert all(value.isfinite().all() for value in stage.snapshot()[0].values())
 
 
+class Squares(torch.nn.Module):
+    "A perceptual loss that needs no weights."
+    def forward(self, x, y): return (x - y).square().mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("start", [0.5, 2], ids=["share", "step"])
+def test_the_perceptual_loss_is_heard_from_its_moment_on(prepared, start):
+    stage = AutoencoderStage(prepared, replace(SMALL, perceptual_weight=1.0, perceptual_start=start), perceptual=Squares())
+    heard = ["perceptual_loss" in stage.train_step(step, progress) for step, progress in enumerate((0.1, 0.4, 0.5, 0.9))]
+    assert heard == [False, False, True, True]
+
+
 def nan_batches(stage, first):
     "Let a stage see broken images from a step on, unless it was rescued."
     batch = stage.batch
