@@ -22,11 +22,13 @@ MAIN = [sys.executable, "-c", "from image_diffusion.cli import main; main(prog_n
 
 torch.set_num_threads(1)   # tests run side by side, one on each core
 NARROW = """
-from dataclasses import replace
-from image_diffusion.train_diffusion import PRESETS
+from functools import partial
 PRESETS["tiny"] = replace(PRESETS["tiny"], model=replace(PRESETS["tiny"].model, ch=16, num_groups=8), batch_size=8)
-"""
-exec(NARROW, {})           # drawing is most of what tests wait for; a script that trains a prior starts with it, too
+sample_strip = partial(sample_strip, steps=4)
+"""                        # for where these names live; drawing is most of what tests wait for
+NARROW_FIRST = f"from image_diffusion import train_diffusion\nexec({NARROW!r}, vars(train_diffusion))\n"    # how a script that trains a prior begins
+exec(NARROW_FIRST, {})
+BRIEF = 12 / 3600          # hours of a whole run
 hypothesis.settings.register_profile("suite", deadline=None, max_examples=50)   # a busy machine is no failure
 hypothesis.settings.load_profile("suite")
 
@@ -89,7 +91,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def whole_run(photos, tmp_path_factory):
-    "The folder of a whole run on photos with classes, both autoencoders, in about half a minute of training."
+    "The folder of a whole run on photos with classes, both autoencoders, in some seconds of training."
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    cli.run(str(photos), folder, "tiny", hours=30 / 3600, bottlenecks=("kl", "vq"), samples=24)
+    cli.run(str(photos), folder, "tiny", hours=BRIEF, bottlenecks=("kl", "vq"), samples=24)
     return folder

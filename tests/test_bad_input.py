@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import MAIN, SIZE, contents, start, type_in, write_photos
+from conftest import BRIEF, MAIN, SIZE, contents, start, type_in, write_photos
 from hypothesis import given
 from hypothesis import strategies as st
 from image_diffusion import cli
@@ -139,7 +139,7 @@ def test_final_numbers_that_lack_one(whole_run, photos, tmp_path, stage, number)
     path = folder / stage / "finished.json"
     path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != number}))
     with pytest.raises(RunError, match=f"{stage}/finished.json is damaged"):
-        cli.run(str(photos), folder, "tiny", hours=30 / 3600, bottlenecks=("kl", "vq"), samples=24)
+        cli.run(str(photos), folder, "tiny", hours=BRIEF, bottlenecks=("kl", "vq"), samples=24)
 
 
 def test_a_folder_that_holds_something_else(old, prepared):

@@ -11,8 +11,9 @@ from textwrap import indent
 
 import nbformat
 import pytest
-from colab_cells import ROOT, WALKTHROUGHS, setup
+from colab_cells import FORM, ROOT, WALKTHROUGHS, setup
 from colab_machine import Machine, choose, walkthrough, why_not
+from conftest import NARROW
 from nbclient.exceptions import DeadKernelError
 
 WHOLE = os.environ.get("COLAB") == "whole"
@@ -39,6 +40,8 @@ def cells_of(name, twice=False, change=lambda source: source):
     cells = [cell for cell in (cells if WHOLE else walkthrough(cells)) if cell.cell_type == "code"]
     for cell in cells:
         cell.source = change(choose(cell.source, hours=HOURS))
+        if name == "15_train_diffusion" and cell.source.startswith(FORM):
+            cell.source += f"\n{NARROW}"      # all that the step needs is defined by now
     return [nbformat.v4.new_code_cell(cell.source) for cell in cells for _ in range(1 + twice)]
 
 

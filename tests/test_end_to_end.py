@@ -6,7 +6,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from conftest import SIZE, contents, type_in, write_photos
+from conftest import BRIEF, SIZE, contents, type_in, write_photos
 from image_diffusion import cli
 from image_diffusion.data import CLASSES, load_prepared, prepare
 from image_diffusion.runs import Run
@@ -72,7 +72,7 @@ def test_samples_are_a_picture_with_a_row_per_class(whole_run):
 
 def test_the_same_call_again_says_that_it_is_finished(whole_run, photos, capsys):
     before = contents(whole_run)
-    report = cli.run(str(photos), whole_run, "tiny", hours=30 / 3600, bottlenecks=("kl", "vq"), samples=24)
+    report = cli.run(str(photos), whole_run, "tiny", hours=BRIEF, bottlenecks=("kl", "vq"), samples=24)
     assert report == whole_run / "report.html" and "finished" in capsys.readouterr().out
     assert contents(whole_run) == before
 
@@ -120,7 +120,7 @@ def test_a_folder_and_a_zip_of_it_give_the_same_images(flat_zip, tmp_path):
 
 def test_fresh_starts_over_and_a_zip_without_classes_gives_a_run_with_vq(flat_zip, whole_run, tmp_path):
     folder = shutil.copytree(whole_run, tmp_path / "run")
-    command = ["run", flat_zip, "--run", folder, "--preset", "tiny", "--hours", 15 / 3600, "--bottleneck", "vq", "--samples", 8]
+    command = ["run", flat_zip, "--run", folder, "--preset", "tiny", "--hours", BRIEF, "--bottleneck", "vq", "--samples", 8]
     before = contents(folder)
     assert type_in(*command).exit_code == 1 and contents(folder) == before     # other settings
     result = type_in(*command, "--fresh")
@@ -137,4 +137,4 @@ def test_demo_takes_its_name_and_place_from_the_root_of_runs(monkeypatch, tmp_pa
     calls = []
     monkeypatch.setattr(cli, "run", lambda *words, **options: calls.append((words, options)))
     assert type_in("demo", "--minutes", 6).exit_code == 0
-    assert calls == [(("synthetic", tmp_path / "demo", "tiny", 0.1, ("kl", "vq")), {"fresh": False})]
+    assert calls == [(("synthetic", tmp_path / "demo", "tiny", 0.1, ("kl", "vq")), {"samples": 384, "fresh": False})]

@@ -7,11 +7,11 @@ import time
 
 import pytest
 import torch
-from conftest import MAIN, NARROW, contents, start
+from conftest import MAIN, NARROW_FIRST, contents, start
 from image_diffusion.runs import Run, load_snapshot, read_metrics
 
-STEPS = 80
-OFTEN, NEVER = 0.01, 1000      # minutes between checkpoints
+STEPS = 56
+OFTEN, NEVER = 0.005, 1000      # minutes between checkpoints
 AUTOENCODER = """import sys
 from image_diffusion import training
 from image_diffusion.data import load_prepared
@@ -19,7 +19,7 @@ from image_diffusion.train_autoencoder import train_autoencoder
 data, folder, steps, minutes = sys.argv[1:]
 training.faster_in_bf16 = lambda: folder.endswith("again")     # whoever resumes measures otherwise
 train_autoencoder(load_prepared(data), folder, "tiny-vq", steps=int(steps), save_every_minutes=float(minutes))"""
-PRIOR = NARROW + """import sys
+PRIOR = NARROW_FIRST + """import sys
 from image_diffusion import training
 from image_diffusion.data import load_prepared
 from image_diffusion.train_diffusion import DiffusionStage, train_diffusion
@@ -60,7 +60,7 @@ def logged(folder):
 def autoencoder(prepared, tmp_path_factory):
     "An autoencoder that was trained without interruption, and one that was killed on the way."
     folder = tmp_path_factory.mktemp("autoencoder")
-    return two_runs([sys.executable, "-c", AUTOENCODER, prepared.folder], folder, kill_after=58)   # the discriminator has a state by then
+    return two_runs([sys.executable, "-c", AUTOENCODER, prepared.folder], folder, kill_after=43)   # the discriminator has a state by then
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_killed_and_typed_again_ends_with_the_same_weights(stage, request):
     (folder / "checkpoints" / f"step_{STEPS:07d}.pt.part").write_bytes(b"half a checkpoint")     # killed while it was written
     (folder / "checkpoints" / f"step_{STEPS:07d}.pt").write_bytes(b"a checkpoint without facts")  # killed between the two files
     with open(folder / "metrics.jsonl", "a") as file:
-        file.write('{"step": 79, "los')                                                          # killed while a line was written
+        file.write(f'{{"step": {STEPS - 1}, "los')                                                 # killed while a line was written
     newest, before = saved(folder)[-1], logged(folder)
     assert len([r for r in before if "dev_images" in r and r["step"] > newest]) <= 1, "more than one save interval is lost"
     finish(start([*command, folder, STEPS, NEVER]))
