@@ -285,7 +285,8 @@ def main():
 @click.option("--fresh", is_flag=True, help="Delete what an earlier demo made and start over.")
 def demo(folder, minutes, fresh):
     "The whole path on built-in synthetic landscapes, 32 px, both autoencoders, no download; ends with a report."
-    run("synthetic", under_root(folder, "demo"), "tiny", minutes / 60, ("kl", "vq"), samples=min(512, max(32, int(64 * minutes))), fresh=fresh)
+    photos, samples = min(4000, max(200, int(500 * minutes))), min(512, max(32, int(64 * minutes)))      # a short demo has little time to measure
+    run("synthetic", under_root(folder, "demo"), "tiny", minutes / 60, ("kl", "vq"), limit=photos, samples=samples, fresh=fresh)
 
 
 @main.command(name="run")

@@ -137,4 +137,4 @@ def test_demo_takes_its_name_and_place_from_the_root_of_runs(monkeypatch, tmp_pa
     calls = []
     monkeypatch.setattr(cli, "run", lambda *words, **options: calls.append((words, options)))
     assert type_in("demo", "--minutes", 6).exit_code == 0
-    assert calls == [(("synthetic", tmp_path / "demo", "tiny", 0.1, ("kl", "vq")), {"samples": 384, "fresh": False})]
+    assert calls == [(("synthetic", tmp_path / "demo", "tiny", 0.1, ("kl", "vq")), {"limit": 3000, "samples": 384, "fresh": False})]
