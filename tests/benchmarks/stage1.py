@@ -85,7 +85,7 @@ CONTESTANTS = {   # name -> (recipe, stage)
     "kl-early": (replace(VQ, model=KL.model), AutoencoderStage), "vq-late": (replace(KL, model=VQ.model), AutoencoderStage),   # each with the other's judges
     **{f"kl-features{weight}": (replace(KL, perceptual_weight=weight, perceptual_start=0.25), AutoencoderStage) for weight in (2.0, 4.0)},
     "kl-louder": (replace(KL, disc=replace(KL.disc, weight=0.5, start=0.6)), AutoencoderStage),
-    "kl-batch4": (replace(KL, batch_size=4), AutoencoderStage), "kl-batch4-pixels": (replace(KL, batch_size=4, **PIXELS), AutoencoderStage),
+    "kl-batch4": (replace(KL, batch_size=4), AutoencoderStage),
     "kl-pixels": (replace(KL, **PIXELS), AutoencoderStage), "vq-pixels": (replace(VQ, **PIXELS), AutoencoderStage),
     **{f"diffusers-{ch}": (KL, theirs(ch, 2 * ch, 4 * ch)) for ch in (16, 32, 64)},
     **{f"diffusers-{ch}-pixels": (replace(KL, **PIXELS), theirs(ch, 2 * ch, 4 * ch)) for ch in (16, 32, 64)},
