@@ -281,7 +281,7 @@ def main():
 
 @main.command()
 @run_option("demo")
-@click.option("--minutes", default=8.5, type=ABOVE_0, help="Time budget for everything.")
+@click.option("--minutes", default=8.5, type=ABOVE_0, help="Time budget for everything; below 8, fewer landscapes are drawn and measured.")
 @click.option("--fresh", is_flag=True, help="Delete what an earlier demo made and start over.")
 def demo(folder, minutes, fresh):
     "The whole path on built-in synthetic landscapes, 32 px, both autoencoders, no download; ends with a report."
