@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm.auto import tqdm
 
 from .data import FORMATS, DataError, Prepared, file_sha256, load_prepared, open_source, to_bytes, to_rgb, turn_upright
@@ -660,6 +659,7 @@ def psnr(
     x_rec: torch.Tensor,  # (B,3,H,W), reconstructions
 ) -> torch.Tensor:        # (B,) decibels
     "Peak signal-to-noise ratio of each picture, on bytes."
+    from torchmetrics.functional.image import peak_signal_noise_ratio              # here, for it takes two seconds, and few commands measure pictures
     return peak_signal_noise_ratio(grey_levels(x_rec), grey_levels(x), data_range=255., dim=(1, 2, 3), reduction="none")
 
 
@@ -668,4 +668,5 @@ def ssim(
     x_rec: torch.Tensor,  # (B,3,H,W), reconstructions
 ) -> torch.Tensor:        # (B,)
     "Structural similarity of each picture (Wang et al. 2004), on bytes."
+    from torchmetrics.functional.image import structural_similarity_index_measure
     return structural_similarity_index_measure(grey_levels(x_rec), grey_levels(x), data_range=255., reduction="none")

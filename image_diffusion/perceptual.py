@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torchvision.models.vgg import cfgs, make_layers
 
 from .data import file_sha256
 
@@ -118,6 +117,7 @@ def lpips_heads() -> list:  # 5 tensors (1,C,1,1)
 
 def vgg_layers() -> nn.Sequential:
     "VGG16's layers up to relu5_3, with random weights."
+    from torchvision.models.vgg import cfgs, make_layers                 # here, for torchvision takes three seconds
     return make_layers(cfgs["D"], batch_norm=False)[:30]
 
 

@@ -22,7 +22,6 @@ from matplotlib.figure import Figure
 from matplotlib.textpath import TextPath
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torchvision.utils import make_grid
 
 # %% ../nbs/00_plots.ipynb #5d0e5768
 def image_bytes(
@@ -45,6 +44,7 @@ def image_grid(
     scale: int = 1,  # every pixel becomes scale x scale pixels, so that 32 px images can be seen
 ) -> np.ndarray:     # one picture, uint8 (H',W',3)
     "Lay images out in rows on white."
+    from torchvision.utils import make_grid    # here, for torchvision takes three seconds, and many commands draw no pictures
     tiles = image_bytes(x).repeat_interleave(scale, 2).repeat_interleave(scale, 3)     # (N,3,H*scale,W*scale)
     grid = make_grid(tiles, nrow=min(nrow, len(tiles)), padding=pad, pad_value=255)    # (3,H',W')
     return grid.permute(1, 2, 0).contiguous().numpy()                                  # (H',W',3)

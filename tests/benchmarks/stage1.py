@@ -4,7 +4,7 @@
 
 Each contestant is trained for the same minutes from the same seed, one after the other, and measured on the held-out photos: PSNR, SSIM,
 FD-lite0 of the reconstructions, codes used. With `--one-core` each trains on one core and for minutes of that core's time, whatever else
-the machine does; two such runs can go side by side. Without names it lists the contestants.
+the machine does; two such runs can go side by side. `--seed 1` is another draw of weights and order. Without names it lists the contestants.
 """
 import argparse
 import json
@@ -85,6 +85,7 @@ CONTESTANTS = {   # name -> (recipe, stage)
     "kl-early": (replace(VQ, model=KL.model), AutoencoderStage), "vq-late": (replace(KL, model=VQ.model), AutoencoderStage),   # each with the other's judges
     **{f"kl-features{weight}": (replace(KL, perceptual_weight=weight, perceptual_start=0.25), AutoencoderStage) for weight in (2.0, 4.0)},
     "kl-louder": (replace(KL, disc=replace(KL.disc, weight=0.5, start=0.6)), AutoencoderStage),
+    "kl-equivariance0.25": (replace(KL, equivariance=0.25), AutoencoderStage),
     "kl-batch4": (replace(KL, batch_size=4), AutoencoderStage),
     "kl-pixels": (replace(KL, **PIXELS), AutoencoderStage), "vq-pixels": (replace(VQ, **PIXELS), AutoencoderStage),
     **{f"diffusers-{ch}": (KL, theirs(ch, 2 * ch, 4 * ch)) for ch in (16, 32, 64)},
@@ -102,9 +103,10 @@ def measure(stage, data):
     return numbers | {"rFD-lite0": frechet_distance(collect_stats(images, features), reference)}
 
 
-def train(name, data, minutes, out):
+def train(name, data, minutes, seed, out):
     "Train one contestant as a run in out/name, which goes on when the command is given again, and print its numbers as a line of JSON."
     recipe, stage_class = CONTESTANTS[name]
+    recipe, name = replace(recipe, seed=seed), f"{name}-seed{seed}" if seed else name
     perceptual = FeatureDistance(load_lite0()) if recipe.perceptual_weight else None
     stage = stage_class(data, recipe, Precision.pick(), perceptual, "lite0" if perceptual else None)
     run = Run.open(out / name, {"stage": "autoencoder", "preset": name, "recipe": asdict(recipe), "minutes": minutes, "data": data.manifest["sha256"]})
@@ -127,6 +129,7 @@ def main():
     parser.add_argument("names", nargs="*", help="contestants")
     parser.add_argument("--minutes", type=float, default=45)
     parser.add_argument("--one-core", action="store_true", help="one thread, and minutes of processor time")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/stage1"), help="prepared photos, and a run folder for each contestant")
     args = parser.parse_intermixed_args()
     if not args.names or set(args.names) - set(CONTESTANTS):
@@ -136,7 +139,7 @@ def main():
     folder = args.out / f"data{KL.size}"
     data = load_prepared(folder) if folder.exists() else prepare(args.source, folder, KL.size)
     for name in args.names:
-        train(name, data, args.minutes, args.out)
+        train(name, data, args.minutes, args.seed, args.out)
 
 
 if __name__ == "__main__":
