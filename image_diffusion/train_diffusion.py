@@ -51,7 +51,7 @@ class DiffusionRecipe:
 LHQ = UNetConfig(size=32, ch=128, ch_mult=(1, 2, 4), num_res_blocks=2, attn_resolutions=(16, 8), dropout=0.1)       # 66.9M weights, 9.0 GMAC an evaluation
 _cpu = dict(batch_size=32, lr=1e-3, warmup_steps=200, ema_decay=0.998)
 PRESETS = {
-    "tiny": DiffusionRecipe(UNetConfig(size=16, ch=48, ch_mult=(1, 2, 3), num_res_blocks=1, attn_resolutions=(4,), head_ch=48, num_groups=16), steps=3_000,
+    "tiny": DiffusionRecipe(UNetConfig(size=16, ch=24, ch_mult=(1, 2, 3), num_res_blocks=1, attn_resolutions=(4,), head_ch=24, num_groups=8), steps=3_000,
                             **_cpu | {"ema_decay": 0.995}),
     "photos64": DiffusionRecipe(UNetConfig(size=16, ch=64, ch_mult=(1, 2, 3), num_res_blocks=2, attn_resolutions=(4,)), steps=10_000, **_cpu),
     "lhq128": DiffusionRecipe(LHQ),

@@ -5,7 +5,9 @@ import re
 import numpy as np
 import pytest
 from conftest import SIZE, type_in
+from image_diffusion import generate
 from image_diffusion.data import prepare
+from image_diffusion.fid import RandomFeatures
 from image_diffusion.generate import AUTOENCODER_FIGURES, PRIOR_FIGURES, load_prior, name_runs, originals, plot_samplers, sampler_distances
 from image_diffusion.sampling import SAMPLERS
 from PIL import Image
@@ -43,7 +45,8 @@ def test_each_figure_of_a_prior_comes_from_a_command(whole_run, tmp_path, name):
     assert pixels(tmp_path / "x.png").shape[1] > 400 and pixels(tmp_path / "x.png").std() > 10
 
 
-def test_samplers_are_compared_at_equal_evaluations(whole_run, prepared):
+def test_samplers_are_compared_at_equal_evaluations(whole_run, prepared, monkeypatch):
+    monkeypatch.setattr(generate, "features_at_hand", lambda: [RandomFeatures()])         # a distance of its 256 numbers takes a moment, of lite0's 1,280 a second
     prior = load_prior(whole_run / "prior")
     records = sampler_distances(prior, prepared, samples=4, longest=12)
     assert {(r["sampler"], r["evaluations"]) for r in records} >= {("heun", 5), ("heun", 9), ("dpmpp_2m", 20), ("ddpm", 12)}
