@@ -7,9 +7,9 @@ __all__ = ['RESIZES', 'INCEPTION', 'INCEPTION_LAYERS', 'ENOUGH', 'SEED_ORIGINALS
            'read_pixels', 'in_folder', 'picture_batches', 'resized', 'Features', 'unit_range', 'InceptionFeatures',
            'inception_path', 'fid_missing_reason', 'weights_sha256', 'ModuleFeatures', 'Lite0Features',
            'RandomFeatures', 'features_at_hand', 'FeatureStats', 'check_features', 'collect_stats', 'collect_features',
-           'factor', 'frechet_distance', 'check_enough', 'bias_curve', 'at_infinity', 'cut_off', 'distance_record',
-           'key_digest', 'reference_stats', 'photo_stats', 'load_vectors', 'save_vectors', 'collect_samples',
-           'kernel_sums', 'kid', 'ball_radii', 'neighbour_shares', 'grey_levels', 'psnr', 'ssim']
+           'above_rounding', 'factor', 'frechet_distance', 'check_enough', 'bias_curve', 'at_infinity', 'cut_off',
+           'distance_record', 'key_digest', 'reference_stats', 'photo_stats', 'load_vectors', 'save_vectors',
+           'collect_samples', 'kernel_sums', 'kid', 'ball_radii', 'neighbour_shares', 'grey_levels', 'psnr', 'ssim']
 
 # %% ../nbs/07_fid.ipynb #711e105d
 import copy
@@ -412,13 +412,24 @@ def collect_features(
     return torch.cat([features(images).cpu() for images in picture_batches(source)])
 
 # %% ../nbs/07_fid.ipynb #6b921acf
-def factor(
-    cov: torch.Tensor,  # (D,D) symmetric, positive semidefinite
-) -> torch.Tensor:      # (D,R), R its rank
-    "A matrix A with A A^T = cov: the eigenvectors whose eigenvalues are above rounding, scaled."
-    values, vectors = torch.linalg.eigh(cov)
+def above_rounding(
+    matrix: torch.Tensor,  # (D,D) symmetric, positive semidefinite
+) -> tuple:                # eigenvalues (R,), eigenvectors (D,R)
+    "What is left of the eigenvalues and eigenvectors without those that are rounding errors; R is the rank."
+    values, vectors = torch.linalg.eigh(matrix)
     counts = values > values[-1]*len(values)*torch.finfo(values.dtype).eps
-    return vectors[:, counts]*values[counts].sqrt()
+    return values[counts], vectors[:, counts]
+
+
+def factor(
+    stats: FeatureStats,
+) -> torch.Tensor:  # (D,R), R the rank of the covariance
+    "A matrix A with A A^T = covariance; from the products of the vectors where they were kept and are fewer than D."
+    if not stats.kept or stats.num_images >= stats.dim:
+        values, vectors = above_rounding(stats.cov)
+        return vectors*values.sqrt()
+    centred = (stats.features.double() - stats.mean)/(stats.num_images - 1)**.5     # (N,D); covariance = centred^T centred
+    return centred.T @ above_rounding(centred @ centred.T)[1]
 
 
 def frechet_distance(
@@ -429,12 +440,12 @@ def frechet_distance(
     if (stats_a.name, stats_a.dim) != (stats_b.name, stats_b.dim):
         raise FIDError(f"Statistics of {stats_a.name} ({stats_a.dim}) and {stats_b.name} ({stats_b.dim}) cannot be compared.")
     few, many = sorted((stats_a, stats_b), key=lambda stats: stats.num_images)
+    means_and_traces = (stats_a.mean - stats_b.mean).square().sum() + stats_a.cov.trace() + stats_b.cov.trace()
     try:
-        root = factor(few.cov)                                             # (D,R)
+        root = factor(few)                                                 # (D,R)
         overlap = torch.linalg.eigvalsh(root.T @ many.cov @ root).clamp(min=0).sqrt().sum()
     except torch.linalg.LinAlgError as e: raise FIDError("The covariances have no eigenvalues that can be found: the features hold absurd numbers.") from e
-    distance = (stats_a.mean - stats_b.mean).square().sum() + stats_a.cov.trace() + stats_b.cov.trace() - 2*overlap
-    return max(distance.item(), 0.)
+    return max((means_and_traces - 2*overlap).item(), 0.)
 
 # %% ../nbs/07_fid.ipynb #d0ecc668
 ENOUGH = 2048   # pictures below which a Frechet distance is mostly floor: no more than FID's vectors have numbers
@@ -460,7 +471,7 @@ def bias_curve(
     "The Frechet distance of growing parts of a set."
     counts = np.linspace(max(2, len(f)//4), len(f), 7).astype(int) if counts is None else counts
     f = f[torch.randperm(len(f), generator=torch.Generator().manual_seed(seed))]
-    stats, curve = FeatureStats(f.shape[1], reference.name), []
+    stats, curve = FeatureStats(f.shape[1], reference.name, keep=True), []
     for n in counts:
         stats.update(f[stats.num_images:n])
         curve.append({"n": int(n), "distance": frechet_distance(stats, reference)})

@@ -4,7 +4,7 @@
 
 Each contestant is trained for the same minutes from the same seed on the latents of one autoencoder, one after the other, and draws the same
 number of samples (classes in the proportions of the train split, EMA weights, DPM-Solver++(2M), 20 evaluations, guidance 2 or `--guidance`), which are
-compared with the dev photos: FD-lite0, KID, and how often the asked class is recognised. With `--one-core` each trains on one core and for minutes
+compared with the dev photos: FD-lite0, FD-random, KID, and how often the asked class is recognised. With `--one-core` each trains on one core and for minutes
 of that core's time, whatever else the machine does. The same command again goes on. Without names it lists the contestants.
 """
 import argparse
@@ -21,7 +21,7 @@ from stage2_step import FirstAttempt
 from image_diffusion.autoencoder import count_parameters
 from image_diffusion.data import load_prepared, to_bytes
 from image_diffusion.diffusion import Denoiser, sigma_range
-from image_diffusion.fid import Lite0Features, collect_features, collect_stats, frechet_distance, in_batches, kid
+from image_diffusion.fid import Lite0Features, RandomFeatures, collect_features, collect_stats, frechet_distance, in_batches, kid
 from image_diffusion.generate import Prior, class_accuracy, class_grid, generate, labels_of
 from image_diffusion.latents import cache_latents, latents_folder
 from image_diffusion.plots import save_png
@@ -33,6 +33,8 @@ from image_diffusion.unet import UNet
 
 OURS = PRESETS["photos64"]
 SEED = replace(PRESETS["original"], model=OURS.model, batch_size=OURS.batch_size, power_emas=())
+TINY = PRESETS["tiny"]                                                              # for the demo's data and autoencoder
+WIDE = replace(TINY, model=replace(TINY.model, ch=48, head_ch=48, num_groups=16))   # the demo's prior before
 F8 = replace(OURS, model=replace(OURS.model, size=8, ch=128, ch_mult=(1, 2)))       # for an f = 8 autoencoder's latents; a step costs 0.8 of ours
 
 
@@ -58,7 +60,7 @@ CONTESTANTS = {   # name -> (recipe, stage)
     "flow": (replace(OURS, parameterisation="flow", noise_levels="flow", weighting="uniform"), DiffusionStage),
     "edm": (replace(OURS, parameterisation="edm", noise_levels="lognormal", weighting="edm"), DiffusionStage),
     "x0-cosine": (replace(OURS, parameterisation="x0"), DiffusionStage),
-    "f8": (F8, DiffusionStage),
+    "f8": (F8, DiffusionStage), "tiny": (TINY, DiffusionStage), "tiny-wide": (WIDE, DiffusionStage),
     **{f"ours-lr{lr:g}": (replace(OURS, lr=lr), DiffusionStage) for lr in (5e-4, 2e-3)},
     **{f"ours-batch{batch}": (replace(OURS, batch_size=batch), DiffusionStage) for batch in (16, 64)},
 }
@@ -73,9 +75,10 @@ def measure(prior, data, samples, guidance, seed=1):
     "The distances of samples to the dev photos, and how often their class is recognised."
     labels, features = labels_of(prior, data, np.random.default_rng(seed).choice(data.train, samples)), Lite0Features()
     images = to_bytes(generate(prior, labels, seed, guidance=guidance)).numpy()
-    reference = collect_stats(in_batches(data.images, data.dev), features)
+    distances = {f"FD-{name}": frechet_distance(collect_stats(in_batches(images), network), collect_stats(in_batches(data.images, data.dev), network))
+                 for name, network in (("lite0", features), ("random", RandomFeatures()))}
     distance, error = kid(collect_features(in_batches(images), features), collect_features(in_batches(data.images, data.dev), features))
-    return {"guidance": guidance, "samples": samples, "FD-lite0": frechet_distance(collect_stats(in_batches(images), features), reference), "KID-lite0": distance, "KID-error": error,
+    return {"guidance": guidance, "samples": samples, **distances, "KID-lite0": distance, "KID-error": error,
             "class": class_accuracy(images, labels.cpu(), prior, data)["value"] if prior.classes else None}
 
 
@@ -97,7 +100,7 @@ def train(name, data, latents, autoencoder, minutes, samples, guidances, out):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="prepared photos of 64 px")
+    parser.add_argument("data", type=Path, help="prepared photos, of 64 px for most contestants")
     parser.add_argument("autoencoder", type=Path, help="run folder of a trained autoencoder")
     parser.add_argument("names", nargs="*", help="contestants")
     parser.add_argument("--minutes", type=float, default=60)
