@@ -8,11 +8,13 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 
 from image_diffusion import training
 from image_diffusion.data import load_prepared
@@ -24,6 +26,7 @@ from image_diffusion.training import Budget, fit
 from image_diffusion.unet import UNetConfig
 
 STEPS = 100
+tqdm.set_lock(threading.RLock())   # a life that is killed with tqdm's own lock, which forks share, would keep it forever
 SHARED = mmap.mmap(-1, 2)    # of a life and the process that kills it: steps of this life, and whether it is saving
 TINY = PRESETS["tiny-vq"]
 AUTOENCODER = replace(TINY, model=replace(TINY.model, ch=8, num_groups=4, codebook_size=32), batch_size=2, warmup_steps=10,

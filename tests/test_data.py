@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import zipfile
 import zlib
@@ -387,6 +388,7 @@ def many(tmp_path_factory):
 def test_kill_9_at_ten_random_moments(many, tmp_path, monkeypatch):
     zip_file, whole = many
     monkeypatch.setattr(data, "SAVE_SECONDS", 0.02)
+    monkeypatch.setattr(data.tqdm, "_lock", threading.RLock(), raising=False)     # a fork that is killed with tqdm's own, which processes share, would keep it forever
     out, dice, far, kills = tmp_path / "set", random.Random(0), [0], 0
     while kills < 10 or far[-1] < 2 and kills < 200 and not out.exists():         # a busy machine needs more than ten to get anywhere
         kills += 1
