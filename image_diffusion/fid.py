@@ -339,7 +339,8 @@ class FeatureStats:
         mean: torch.Tensor,     # (D,) of the other part
         scatter: torch.Tensor,  # (D,D) of the other part
     ) -> "FeatureStats":
-        "Add the statistics of another part of the set."
+        "Add the statistics of another part of the set; vectors are kept no longer, for those of that part are unknown."
+        self.kept = None
         self.scatter += scatter
         return self.move(num_images, mean)
 
@@ -368,9 +369,9 @@ class FeatureStats:
             mean, scatter, num_images, dim = data["mean"], data["scatter"], data["num_images"], len(data["mean"])
             sound = mean.dtype == scatter.dtype == np.float64 and scatter.shape == (dim, dim) and np.isfinite(mean).all() and np.isfinite(scatter).all()
             if not sound or num_images.dtype != np.int64 or not 0 <= num_images < 2**53: raise ValueError("no statistics")
-            stats = cls(dim, str(data["name"]), keep="features" in data).merge(int(num_images), torch.from_numpy(mean), torch.from_numpy(scatter))
-            if stats.kept is not None:
-                stats.kept.append(check_features(data["features"], dim))
+            stats = cls(dim, str(data["name"])).merge(int(num_images), torch.from_numpy(mean), torch.from_numpy(scatter))
+            if "features" in data:
+                stats.kept = [check_features(data["features"], dim)]
                 if len(stats.features) != num_images: raise ValueError("another number of vectors")
             made_from = json.loads(str(data["key"]))
         except Exception as e: raise FIDError(f"{path} holds no feature statistics ({type(e).__name__}); delete it.") from e

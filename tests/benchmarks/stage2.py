@@ -21,7 +21,7 @@ from stage2_step import FirstAttempt
 from image_diffusion.autoencoder import count_parameters
 from image_diffusion.data import load_prepared, to_bytes
 from image_diffusion.diffusion import Denoiser, sigma_range
-from image_diffusion.fid import Lite0Features, RandomFeatures, collect_features, collect_stats, frechet_distance, in_batches, kid
+from image_diffusion.fid import Lite0Features, RandomFeatures, collect_stats, frechet_distance, in_batches, kid, photo_stats
 from image_diffusion.generate import Prior, class_accuracy, class_grid, generate, labels_of
 from image_diffusion.latents import cache_latents, latents_folder
 from image_diffusion.plots import save_png
@@ -73,12 +73,11 @@ def as_prior(stage, recipe, step):
 
 def measure(prior, data, samples, guidance, seed=1):
     "The distances of samples to the dev photos, and how often their class is recognised."
-    labels, features = labels_of(prior, data, np.random.default_rng(seed).choice(data.train, samples)), Lite0Features()
+    labels = labels_of(prior, data, np.random.default_rng(seed).choice(data.train, samples))
     images = to_bytes(generate(prior, labels, seed, guidance=guidance)).numpy()
-    distances = {f"FD-{name}": frechet_distance(collect_stats(in_batches(images), network), collect_stats(in_batches(data.images, data.dev), network))
-                 for name, network in (("lite0", features), ("random", RandomFeatures()))}
-    distance, error = kid(collect_features(in_batches(images), features), collect_features(in_batches(data.images, data.dev), features))
-    return {"guidance": guidance, "samples": samples, **distances, "KID-lite0": distance, "KID-error": error,
+    stats = {features.name: (collect_stats(in_batches(images), features, keep=True), photo_stats(data, "dev", features)) for features in (Lite0Features(), RandomFeatures())}
+    distance, error = kid(*(side.features for side in stats["FD-lite0"]))
+    return {"guidance": guidance, "samples": samples, **{name: frechet_distance(*sides) for name, sides in stats.items()}, "KID-lite0": distance, "KID-error": error,
             "class": class_accuracy(images, labels.cpu(), prior, data)["value"] if prior.classes else None}
 
 
