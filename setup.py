@@ -10,7 +10,7 @@ cfg = config["DEFAULT"]
 lib = cfg["lib_path"]
 spdx = {"apache2": "Apache-2.0"}
 statuses = ["1 - Planning", "2 - Pre-Alpha", "3 - Alpha", "4 - Beta", "5 - Production/Stable", "6 - Mature", "7 - Inactive"]
-pythons = "3.10 3.11 3.12 3.13 3.14".split()
+pythons = "3.11 3.12 3.13 3.14".split()
 extras = ("dev", "hub", "tensorboard", "app")
 
 setuptools.setup(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
-WALKTHROUGHS = ("01_data", "10_train_autoencoder", "15_train_diffusion", "16_generate")
+WALKTHROUGHS = ("13_data", "50_train_autoencoder", "65_train_diffusion", "70_generate")
 METADATA = {"accelerator": "GPU", "colab": {"gpuType": "T4", "provenance": []},
             "kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
 BADGE, SETUP = "[![Open In Colab]", "#| eval: false\n#@title Set up Colab"

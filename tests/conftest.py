@@ -13,7 +13,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from image_diffusion import cli
-from image_diffusion.data import CLASSES, prepare, synthetic_landscapes
+from image_diffusion.data import prepare
+from image_diffusion.landscapes import CLASSES, synthetic_landscapes
 from image_diffusion.train_autoencoder import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent

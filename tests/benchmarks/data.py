@@ -14,7 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from image_diffusion.data import load_batch, open_source, prepare, synthetic_landscapes
+from image_diffusion.data import load_batch, prepare
+from image_diffusion.landscapes import synthetic_landscapes
+from image_diffusion.photos import open_source
 from PIL import Image
 from torchvision import transforms
 from torchvision.datasets import ImageFolder

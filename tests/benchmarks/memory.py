@@ -15,7 +15,8 @@ import torch
 
 from image_diffusion.perceptual import LPIPS, FeatureDistance, load_lite0
 from image_diffusion.train_autoencoder import PRESETS, AutoencoderStage, autoencoder_step_cost
-from image_diffusion.training import Precision, planned_bytes
+from image_diffusion.cost import planned_bytes
+from image_diffusion.training import Precision
 
 PERCEPTUAL = {"none": lambda: None, "lpips": LPIPS, "lite0": lambda: FeatureDistance(load_lite0())}
 SETTINGS = [("photos64-kl", 8, "none"), ("photos64-kl", 8, "lite0"), ("photos64-vq", 8, "lite0"), ("photos64-kl", 32, "lite0"), ("photos64-kl", 32, "lpips")]

@@ -21,11 +21,13 @@ from image_diffusion import training
 from image_diffusion.autoencoder import count_parameters, make_autoencoder
 from image_diffusion.bottleneck import GaussianBottleneck
 from image_diffusion.data import load_prepared, prepare, to_bytes
-from image_diffusion.fid import Lite0Features, collect_stats, frechet_distance, in_batches
+from image_diffusion.features import Lite0Features, in_batches
+from image_diffusion.fid import collect_stats, frechet_distance
 from image_diffusion.perceptual import FeatureDistance, load_lite0
 from image_diffusion.runs import Run, load_checkpoint
 from image_diffusion.train_autoencoder import PRESETS, AutoencoderStage
-from image_diffusion.training import Budget, Precision, fit, make_ema
+from image_diffusion.ema import make_ema
+from image_diffusion.training import Budget, Precision, fit
 
 KL, VQ, SEED = PRESETS["photos64-kl"], PRESETS["photos64-vq"], PRESETS["original-kl"]
 F8 = replace(KL, model=replace(KL.model, z_channels=4 * KL.model.z_channels, patch=8, ch=192, ch_mult=(1,), enc_blocks=2, dec_blocks=3))

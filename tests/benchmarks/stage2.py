@@ -4,7 +4,7 @@
 
 Each contestant is trained for the same minutes from the same seed on the latents of one autoencoder, one after the other, and draws the same
 number of samples (classes in the proportions of the train split, EMA weights, DPM-Solver++(2M), 20 evaluations, guidance 2 or `--guidance`), which are
-compared with the dev photos: FD-lite0, FD-random, KID, and how often the asked class is recognised. With `--one-core` each trains on one core and for minutes
+compared with the dev photos: FD-lite0, FD-random, KID, and how often the asked class is recognized. With `--one-core` each trains on one core and for minutes
 of that core's time, whatever else the machine does. The same command again goes on. Without names it lists the contestants.
 """
 import argparse
@@ -21,14 +21,17 @@ from stage2_step import FirstAttempt
 from image_diffusion.autoencoder import count_parameters
 from image_diffusion.data import load_prepared, to_bytes
 from image_diffusion.diffusion import Denoiser, sigma_range
-from image_diffusion.fid import Lite0Features, RandomFeatures, collect_stats, frechet_distance, in_batches, kid, photo_stats
-from image_diffusion.generate import Prior, class_accuracy, class_grid, generate, labels_of
+from image_diffusion.features import Lite0Features, RandomFeatures, in_batches
+from image_diffusion.fid import collect_stats, frechet_distance, kid, photo_stats
+from image_diffusion.evaluate import class_accuracy
+from image_diffusion.generate import LatentDiffusion, class_grid, generate, labels_of
 from image_diffusion.latents import cache_latents, latents_folder
 from image_diffusion.plots import save_png
 from image_diffusion.runs import Run, load_checkpoint
 from image_diffusion.train_autoencoder import load_autoencoder
 from image_diffusion.train_diffusion import PRESETS, DiffusionStage
-from image_diffusion.training import Budget, Precision, fit, make_ema
+from image_diffusion.ema import make_ema
+from image_diffusion.training import Budget, Precision, fit
 from image_diffusion.unet import UNet
 
 OURS = PRESETS["photos64"]
@@ -46,7 +49,7 @@ class FirstAttemptStage(DiffusionStage):
         wanted = count_parameters(UNet(recipe.model))
         nets = (FirstAttempt((a, 16 * round(1.9 * a / 16), 16 * round(3.6 * a / 16)), latents.shape[0], max(1, len(self.classes))) for a in range(32, 161, 16))
         net = min(nets, key=lambda net: abs(count_parameters(net) - wanted))
-        self.denoiser = self.precision.place(Denoiser(net, recipe.parameterisation)).train()
+        self.denoiser = self.precision.place(Denoiser(net, recipe.parameterization)).train()
         self.ema = make_ema(self.denoiser, recipe.ema_decay)
         self.optimizer = torch.optim.AdamW(self.denoiser.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.01)
 
@@ -54,12 +57,12 @@ class FirstAttemptStage(DiffusionStage):
 CONTESTANTS = {   # name -> (recipe, stage)
     "ours": (OURS, DiffusionStage),
     "first-attempt": (SEED, FirstAttemptStage), "first-attempt-lr1e-3": (replace(SEED, lr=1e-3), FirstAttemptStage),
-    "eps-linear": (replace(OURS, parameterisation="eps", noise_levels="linear", weighting="uniform"), DiffusionStage),
+    "eps-linear": (replace(OURS, parameterization="eps", noise_levels="linear", weighting="uniform"), DiffusionStage),
     "v-zero_snr": (replace(OURS, noise_levels="zero_snr"), DiffusionStage),
     "v-cosine-edm": (replace(OURS, weighting="edm"), DiffusionStage),
-    "flow": (replace(OURS, parameterisation="flow", noise_levels="flow", weighting="uniform"), DiffusionStage),
-    "edm": (replace(OURS, parameterisation="edm", noise_levels="lognormal", weighting="edm"), DiffusionStage),
-    "x0-cosine": (replace(OURS, parameterisation="x0"), DiffusionStage),
+    "flow": (replace(OURS, parameterization="flow", noise_levels="flow", weighting="uniform"), DiffusionStage),
+    "edm": (replace(OURS, parameterization="edm", noise_levels="lognormal", weighting="edm"), DiffusionStage),
+    "x0-cosine": (replace(OURS, parameterization="x0"), DiffusionStage),
     "f8": (F8, DiffusionStage), "tiny": (TINY, DiffusionStage), "tiny-wide": (WIDE, DiffusionStage),
     **{f"ours-lr{lr:g}": (replace(OURS, lr=lr), DiffusionStage) for lr in (5e-4, 2e-3)},
     **{f"ours-batch{batch}": (replace(OURS, batch_size=batch), DiffusionStage) for batch in (16, 64)},
@@ -68,11 +71,11 @@ CONTESTANTS = {   # name -> (recipe, stage)
 
 def as_prior(stage, recipe, step):
     "What draws with a stage's EMA weights."
-    return Prior(stage.ema.module.eval(), stage.scale, stage.autoencoder, stage.classes, stage.latents.shape, sigma_range(recipe.noise_levels), step, stage.precision)
+    return LatentDiffusion(stage.ema.module.eval(), stage.scale, stage.autoencoder, stage.classes, stage.latents.shape, sigma_range(recipe.noise_levels), step, stage.precision)
 
 
 def measure(prior, data, samples, guidance, seed=1):
-    "The distances of samples to the dev photos, and how often their class is recognised."
+    "The distances of samples to the dev photos, and how often their class is recognized."
     labels = labels_of(prior, data, np.random.default_rng(seed).choice(data.train, samples))
     images = to_bytes(generate(prior, labels, seed, guidance=guidance)).numpy()
     stats = {features.name: (collect_stats(in_batches(images), features, keep=True), photo_stats(data, "dev", features)) for features in (Lite0Features(), RandomFeatures())}

@@ -25,7 +25,8 @@ from torch import nn
 from image_diffusion.autoencoder import count_macs, count_parameters
 from image_diffusion.blocks import Downsample, ResBlock, Upsample, group_norm
 from image_diffusion.diffusion import Denoiser, sigma_range
-from image_diffusion.sampling import SAMPLERS, guided, log_snr_sigmas, sample_dpmpp_2m, sample_noise, sigma_schedule, step_noise
+from image_diffusion.guidance import guided
+from image_diffusion.sampling import SAMPLERS, log_snr_sigmas, sample_dpmpp_2m, sample_noise, sigma_schedule, step_noise
 from image_diffusion.train_diffusion import PRESETS, sample_latents
 from image_diffusion.unet import UNet, diffusers_config, diffusers_state_dict, noise_embedding
 

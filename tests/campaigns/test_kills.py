@@ -1,0 +1,74 @@
+"""A training that is killed with `kill -9` 50 times, inside saves too, is to the bit the training that was left alone."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from image_diffusion.data import prepare
+from image_diffusion.runs import Run, load_checkpoint, load_snapshot
+from kills import STEPS
+
+KILLS = 25    # of each stage
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    "Both stages, each trained once whole and once killed again and again; the folder, and what each life was doing at its end."
+    folder = tmp_path_factory.mktemp("kills")
+    data = prepare("synthetic", folder / "data", 32, limit=60, progress=False)
+    done = subprocess.run([sys.executable, "tests/campaigns/kills.py", data.folder, folder, "0", str(KILLS)], cwd=ROOT, capture_output=True, text=True, timeout=400,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, json.loads(done.stdout.splitlines()[-1])
+
+
+def same(a, b):
+    "Whether two states are equal in every tensor and number."
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def lines(folder):
+    "The lines of metrics.jsonl as they stand there, without the minutes."
+    return [{name: value for name, value in json.loads(line).items() if name != "minutes"} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+stages = pytest.mark.parametrize("stage", ["autoencoder", "prior"])
+
+
+@stages
+def test_every_life_but_the_last_was_killed_and_some_inside_a_save(killed, stage):
+    counts = killed[1][stage]
+    print(counts)
+    assert counts["saving"] + counts["training"] == KILLS and counts["saving"] >= 5 and counts["training"] >= 5
+
+
+@stages
+def test_weights_averages_optimizers_scalers_codebook_and_usage_are_equal_to_the_bit(killed, stage):
+    whole, other = (load_checkpoint(Run(killed[0] / f"{kind}-{stage}")) for kind in ("whole", "killed"))
+    assert whole["step"] == other["step"] == STEPS and whole["stage"].keys() >= {"ema", "optimizer", "scaler", "rescues"}
+    assert [part for part in whole["stage"] if not same(whole["stage"][part], other["stage"][part])] == []
+    assert same(whole["sitting"]["meter"], other["sitting"]["meter"]) and whole["sitting"]["drawn"] == other["sitting"]["drawn"]
+    assert same(load_snapshot(killed[0] / f"whole-{stage}")[0], load_snapshot(killed[0] / f"killed-{stage}")[0])
+
+
+@stages
+def test_no_line_of_metrics_is_doubled_missing_or_different(killed, stage):
+    whole, other = (lines(killed[0] / f"{kind}-{stage}") for kind in ("whole", "killed"))
+    trained, evaluated = ([line for line in other if ("progress" in line) == kind] for kind in (True, False))
+    assert trained == [line for line in whole if "progress" in line] and [line["step"] for line in trained] == list(range(5, STEPS + 1, 5))
+    assert [line["step"] for line in evaluated] == list(range(1, STEPS + 1)), "one evaluation for each checkpoint"
+    assert evaluated[-1] == whole[-1]
+
+
+@stages
+def test_pictures_and_kept_averages_are_the_same_files(killed, stage):
+    whole, other = ({path.relative_to(place).as_posix(): path.read_bytes() for place in [killed[0] / f"{kind}-{stage}"]
+                     for path in place.glob("*/*step_*") if path.parent.name in ("samples", "averages")} for kind in ("whole", "killed"))
+    assert whole and whole == other
