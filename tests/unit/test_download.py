@@ -24,7 +24,7 @@ import pytest
 from conftest import contents, start
 from hypothesis import given
 from hypothesis import strategies as st
-from image_diffusion import data
+from image_diffusion import download
 from image_diffusion.download import archive_kind, fetch
 from image_diffusion.files import UserError, file_sha256
 
@@ -163,7 +163,7 @@ def near(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", lambda name, port, *rest, **more: [(2, 1, 6, "", (name, port))])   # no DNS either
     monkeypatch.setenv("NO_PROXY", "*")
     for name, value in {"TIMEOUT": (1, 0.2), "RETRIES": 2, "PAUSE": 0.001}.items():
-        monkeypatch.setattr(data, name, value)
+        monkeypatch.setattr(download, name, value)
 
 
 @pytest.fixture
@@ -316,7 +316,7 @@ def test_a_busy_server_is_asked_again(host, get, code):
     url = host.serve("/photos.zip", Served(BODY, status(code), HALF, status(code), status(code), 100, status(code), status(code)))
     assert get(url).read_bytes() == BODY and host.sent == len(BODY)
     text = refused([str(code), "could not download", "try again later"], get, host.serve("/gone.zip", status(code)))
-    assert "are kept" not in text and [r.place for r in host.asked].count("/gone.zip") == data.RETRIES + 1
+    assert "are kept" not in text and [r.place for r in host.asked].count("/gone.zip") == download.RETRIES + 1
 
 
 def test_a_server_that_stays_broken_costs_nothing_that_came(host, get, tmp_path):
@@ -378,7 +378,7 @@ def test_a_server_without_ranges_starts_over(host, get):
 def test_a_server_without_ranges_that_always_breaks_is_given_up(host, get):
     url = host.serve("/photos.zip", Served(BODY, *[HALF] * 9, ranges=False))
     refused(["broke off"], get, url)
-    assert len(host.asked) == 2 + data.RETRIES
+    assert len(host.asked) == 2 + download.RETRIES
 
 
 @pytest.mark.parametrize("marks", [{"ETag": '"2"'}, {"ETag": None, "Last_Modified": "Tue, 02 Jan 2024 00:00:00 GMT"},
@@ -504,7 +504,7 @@ def test_an_address_that_is_none(get, wrong):
 
 
 def test_an_address_that_is_none_is_not_asked_again(get, monkeypatch):
-    monkeypatch.setattr(data, "RETRIES", 10**9)
+    monkeypatch.setattr(download, "RETRIES", 10**9)
     refused(["could not download", "this is no address"], get, "http://")
 
 
@@ -514,7 +514,7 @@ addresses = st.sampled_from(["{}", "https://{}", "https://drive.google.com/{}", 
 @given(addresses, st.text(st.characters(exclude_categories=[])))
 def test_any_text_is_a_source_or_ends_in_a_sentence(tmp_path_factory, address, text):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "RETRIES", 0)
+        patch.setattr(download, "RETRIES", 0)
         try:
             assert isinstance(fetch(address.format(text), tmp_path_factory.getbasetemp() / "any", progress=False), (str, Path))
         except UserError as error:
@@ -532,7 +532,7 @@ def test_what_is_shown(host, get, capfd):
 
 
 def test_two_at_once(host, get, monkeypatch):
-    monkeypatch.setattr(data, "TIMEOUT", (5, 5))
+    monkeypatch.setattr(download, "TIMEOUT", (5, 5))
     asked, go = threading.Event(), threading.Event()
     url = host.serve("/photos.zip", lambda request: (asked.set(), go.wait(5), Served(BODY)(request)))
     with ThreadPoolExecutor(1) as pool:
@@ -545,7 +545,7 @@ def test_two_at_once(host, get, monkeypatch):
 
 # A process that dies, a disk that takes no more
 
-FETCH = "import sys; from image_diffusion import data; data.TIMEOUT = (5, 30); data.fetch(sys.argv[1], sys.argv[2])"
+FETCH = "import sys; from image_diffusion import download; download.TIMEOUT = (5, 30); download.fetch(sys.argv[1], sys.argv[2])"
 
 
 def test_kill_9_in_the_middle(host, get, tmp_path):
@@ -560,7 +560,7 @@ def test_kill_9_in_the_middle(host, get, tmp_path):
 
 
 FULL = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY)); "   # as on a full disk
-REPORT = FETCH.replace("data.fetch", "\ntry: data.fetch") + "\nexcept data.UserError as error: print('Error:', error)"
+REPORT = FETCH.replace("download.fetch", "\ntry: download.fetch") + "\nexcept download.UserError as error: print('Error:', error)"
 
 
 def test_a_disk_that_fills_up(host, get, tmp_path):
@@ -610,7 +610,7 @@ REFUSAL = '<html><body><p class="uc-error-subcaption">Only the owner can downloa
 @pytest.fixture
 def drive(host, monkeypatch):
     "A Google Drive with one small file."
-    monkeypatch.setattr(data, "DRIVE_URL", host.url + "/uc")
+    monkeypatch.setattr(download, "DRIVE_URL", host.url + "/uc")
     host.serve("/uc", Served(BODY))
     return host
 
@@ -705,7 +705,7 @@ LINK = "https://disk.yandex.ru/d/AbC-dEf_123"
 @pytest.fixture
 def yandex(host, monkeypatch):
     "A Yandex Disk with one file, whose real links work once."
-    monkeypatch.setattr(data, "YANDEX_API", host.url + "/resources")
+    monkeypatch.setattr(download, "YANDEX_API", host.url + "/resources")
     host.facts = {"name": "../photos.zip", "type": "file", "size": len(BODY), "sha256": hashlib.sha256(BODY).hexdigest(), "md5": "?"}
     host.file, links = Served(BODY), []
 
@@ -772,18 +772,18 @@ def test_yandex_refuses(yandex, get, place, answer, says):
 
 def test_lhq_comes_from_its_authors(yandex, get):
     path = get("lhq")
-    assert path.read_bytes() == BODY and yandex.asked[0].query == {"public_key": data.LHQ_URL} and get("lhq") == path
+    assert path.read_bytes() == BODY and yandex.asked[0].query == {"public_key": download.LHQ_URL} and get("lhq") == path
 
 
 def test_lhq_from_elsewhere_when_its_place_is_gone(yandex, get):
     yandex.serve("/resources", status(404))
-    refused(["LHQ", "404", "lhq-kaggle", "lhq-huggingface", data.LHQ_URL, "by hand"], get, "lhq")
+    refused(["LHQ", "404", "lhq-kaggle", "lhq-huggingface", download.LHQ_URL, "by hand"], get, "lhq")
 
 
 @pytest.mark.parametrize("source", ["{nobody}/photos.zip", "https://example.com/photos.zip", ID, LINK, "lhq"])
 def test_no_network(nobody, get, tmp_path, monkeypatch, source):
-    monkeypatch.setattr(data, "DRIVE_URL", nobody + "/uc")
-    monkeypatch.setattr(data, "YANDEX_API", nobody)
+    monkeypatch.setattr(download, "DRIVE_URL", nobody + "/uc")
+    monkeypatch.setattr(download, "YANDEX_API", nobody)
     reason = "Network is unreachable" if "example" in source else "Connection refused"
     text = refused(["could not download", reason, "network"], get, source.format(nobody=nobody))
     assert ("lhq-kaggle" in text) == (source == "lhq") and parts(tmp_path) == []
