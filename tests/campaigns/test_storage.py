@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, start
-from image_diffusion import runs, training
-from image_diffusion.drive import Drive, Mirror, local_copy
-from image_diffusion.files import UserError
-from image_diffusion.runs import Run, append_metrics, truncate_after, load_checkpoint, read_metrics, save_checkpoint
+from image_diffusion import drive as drive_module
+from image_diffusion import files as files_module
+from image_diffusion import training
+from image_diffusion.drive import Drive, Mirror, local_copy, open_run, runs_root
+from image_diffusion.files import UserError, write_json
+from image_diffusion.runs import Run, append_metrics, list_checkpoints, load_checkpoint, read_metrics, save_checkpoint, truncate_after
 from image_diffusion.training import Budget, Interrupted, Stage, fit
 
 SEQUENCES, IN_THREADS = 210, 20   # of random faults: pass by pass, and with a thread in the background
@@ -150,7 +152,7 @@ class Machine:
         "A new machine, with an empty disk."
         self.lives += 1
         self.run = Run(self.folder / str(self.lives))
-        runs.write_json(self.run.folder / "config.json", {})
+        write_json(self.run.folder / "config.json", {})
         self.mirror = Mirror(self.run, self.drive)
         while True:
             try:
@@ -206,15 +208,15 @@ class Machine:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     "No disk flushes, no waiting: what is tested is the order of things."
-    monkeypatch.setattr(runs.os, "fsync", lambda handle: None)
+    monkeypatch.setattr(files_module.os, "fsync", lambda handle: None)
     if Path("/dev/shm").is_dir(): monkeypatch.setattr(tempfile, "tempdir", "/dev/shm")
-    monkeypatch.setattr(runs, "SETTLE_SECONDS", 0)
-    monkeypatch.setattr(runs, "RETRY_SECONDS", 0.005)
+    monkeypatch.setattr(drive_module, "SETTLE_SECONDS", 0)
+    monkeypatch.setattr(drive_module, "RETRY_SECONDS", 0.005)
 
 
 def as_it_should_be(drive, run):
     "At the end Drive has the newest two and the best, whole, all metrics, no debris, and little else."
-    here = {facts["step"] for facts in runs.list_checkpoints(run)}
+    here = {facts["step"] for facts in list_checkpoints(run)}
     assert here <= drive.good(drive.cloud) and len(drive.good(drive.cloud)) <= 5
     assert not [name for name in drive.cloud if name.endswith(".part")]
     if (run.folder / "metrics.jsonl").exists():
@@ -289,9 +291,9 @@ class Line(Stage):
 @pytest.fixture
 def colab(tmp_path, monkeypatch):
     "The folder of Drive, mounted, on a machine that looks like Colab's."
-    monkeypatch.setattr(runs, "in_colab", lambda: True)
-    monkeypatch.setattr(runs, "DRIVE", tmp_path / "drive")
-    monkeypatch.setattr(runs, "SCRATCH", tmp_path / "machine")
+    monkeypatch.setattr(drive_module, "in_colab", lambda: True)
+    monkeypatch.setattr(drive_module, "DRIVE", tmp_path / "drive")
+    monkeypatch.setattr(drive_module, "SCRATCH", tmp_path / "machine")
     (tmp_path / "drive/MyDrive").mkdir(parents=True)
     return tmp_path / "drive/MyDrive"
 
@@ -301,7 +303,7 @@ def files(folder):
 
 
 def test_a_run_on_drive_trains_on_the_machine_and_ends_on_drive(colab, tmp_path):
-    run = Run.open(colab / "run", {"lr": 1})
+    run = open_run(colab / "run", {"lr": 1})
     numbers = fit(Line(), run, Budget(steps=60), save_every_minutes=0.0005)
     assert run.finished == numbers and numbers["step"] == 60
     assert files(colab / "run") >= files(tmp_path / "machine/MyDrive/run") - {"checkpoints/step_0000000.pt", "checkpoints/step_0000000.json"}
@@ -312,7 +314,7 @@ def test_a_run_on_drive_trains_on_the_machine_and_ends_on_drive(colab, tmp_path)
 def test_another_machine_goes_on_from_drive_to_the_same_weights(colab, tmp_path):
     whole = Line()
     fit(whole, Run.open(tmp_path / "whole", {}), Budget(steps=60))
-    run = Run.open(colab / "run", {})
+    run = open_run(colab / "run", {})
     with pytest.raises(Interrupted, match="with everything saved"):
         fit(Line(pause=0.005), run, Budget(steps=60), end=time.monotonic() + 60 * training.SPARE_MINUTES + 0.15)
     step = load_checkpoint(run)["step"]
@@ -320,7 +322,7 @@ def test_another_machine_goes_on_from_drive_to_the_same_weights(colab, tmp_path)
     shutil.rmtree(tmp_path / "machine")
     (colab / "run/config.json").unlink()                     # written at the start, and it never reached the cloud
     other = Line()
-    fit(other, Run.open(colab / "run", {}), Budget(steps=60))
+    fit(other, open_run(colab / "run", {}), Budget(steps=60))
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), other.model.parameters()))
     assert [r["step"] for r in read_metrics(run) if "loss" in r] == [25, 50, 60]
 
@@ -334,14 +336,14 @@ class ThirtySeconds(Drive):
 
 def test_training_never_waits_for_a_drive_that_takes_30_seconds_a_file(colab, monkeypatch, capsys):
     monkeypatch.setattr(training, "local_copy", partial(local_copy, drive=ThirtySeconds))
-    monkeypatch.setattr(runs, "WAIT_SECONDS", 0.5)
+    monkeypatch.setattr(drive_module, "WAIT_SECONDS", 0.5)
     moments = []
     class Watched(Line):
         def train_step(self, step, progress):
             moments.append(time.monotonic())
             return super().train_step(step, progress)
     with pytest.raises(UserError, match="has not taken everything yet.*run is whole on this machine"):
-        fit(Watched(pause=0.01), Run.open(colab / "run", {}), Budget(steps=150), save_every_minutes=0.002)
+        fit(Watched(pause=0.01), open_run(colab / "run", {}), Budget(steps=150), save_every_minutes=0.002)
     pause = max(b - a for a, b in zip(moments, moments[1:]))
     assert pause < 1, f"training waited {pause:.2f} s"
     print(f"longest pause between two steps, saving every 0.12 s: {pause:.3f} s")
@@ -355,7 +357,7 @@ def test_drive_goes_away_and_comes_back_while_training(colab, tmp_path, monkeypa
             if 2 <= len(calls) < 6: raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
             return super().sizes()
     monkeypatch.setattr(training, "local_copy", partial(local_copy, drive=Away))
-    run = Run.open(colab / "run", {})
+    run = open_run(colab / "run", {})
     fit(Line(pause=0.002), run, Budget(steps=60), save_every_minutes=0.0005)
     said = capsys.readouterr().out
     assert said.count("it is not connected. Training goes on") == 1 and said.count("Google Drive is back") == 1
@@ -365,14 +367,14 @@ def test_drive_goes_away_and_comes_back_while_training(colab, tmp_path, monkeypa
 def test_drive_that_stays_away_leaves_the_run_on_the_machine_and_the_next_call_copies_it(colab, monkeypatch, capsys):
     class Full(Drive):
         def write(self, name, file): raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(runs, "WAIT_SECONDS", 0.1)
-    run = Run.open(colab / "run", {})
+    monkeypatch.setattr(drive_module, "WAIT_SECONDS", 0.1)
+    run = open_run(colab / "run", {})
     with monkeypatch.context() as patch:
         patch.setattr(training, "local_copy", partial(local_copy, drive=Full))
         with pytest.raises(UserError, match="has not taken everything yet"):
             fit(Line(), run, Budget(steps=30))
     assert run.finished is None and "it is full. Training goes on" in capsys.readouterr().out
-    monkeypatch.setattr(runs, "WAIT_SECONDS", 30)
+    monkeypatch.setattr(drive_module, "WAIT_SECONDS", 30)
     class Untrained(Line):
         def train_step(self, step, progress): raise AssertionError("it is trained already")
     assert fit(Untrained(), run, Budget(steps=30))["step"] == 30 and run.finished["step"] == 30
@@ -381,14 +383,14 @@ def test_drive_that_stays_away_leaves_the_run_on_the_machine_and_the_next_call_c
 def test_drive_that_is_not_mounted_is_said_and_its_folder_not_made(colab, tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "drive")
     monkeypatch.delenv("IMAGE_DIFFUSION_HOME")
-    for act in (runs.runs_root, lambda: Run.open(colab / "run", {})):
+    for act in (runs_root, lambda: open_run(colab / "run", {})):
         with pytest.raises(UserError, match="Google Drive is not mounted"): act()
     assert not (tmp_path / "drive").exists()
 
 
 def test_drive_unmounted_while_training_is_not_made_on_the_machine(colab, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "WAIT_SECONDS", 0.1)
-    run = Run.open(colab / "run", {})
+    monkeypatch.setattr(drive_module, "WAIT_SECONDS", 0.1)
+    run = open_run(colab / "run", {})
     class Unmounts(Line):
         def train_step(self, step, progress):
             if step == 5: (tmp_path / "drive").rename(tmp_path / "unmounted")
@@ -399,26 +401,27 @@ def test_drive_unmounted_while_training_is_not_made_on_the_machine(colab, tmp_pa
 
 
 def test_a_run_deleted_on_drive_starts_anew_and_what_the_machine_had_is_set_aside(colab, tmp_path, capsys):
-    fit(Line(), Run.open(colab / "run", {}), Budget(steps=30))
+    fit(Line(), open_run(colab / "run", {}), Budget(steps=30))
     shutil.rmtree(colab / "run")
-    fit(Line(), Run.open(colab / "run", {}), Budget(steps=20))
+    fit(Line(), open_run(colab / "run", {}), Budget(steps=20))
     assert "set aside" in capsys.readouterr().out
     assert load_checkpoint(Run(tmp_path / "machine/MyDrive/run.aside"))["step"] == 30 and load_checkpoint(Run(colab / "run"))["step"] == 20
 
 
 # Two processes
 
-HOLDS = """import sys, time
+HOLDS = """import sys, tempfile, time
 from pathlib import Path
-from image_diffusion.files import only_process
-with only_process(Path(sys.argv[1])):
+from image_diffusion.files import lock
+tempfile.tempdir = sys.argv[2]
+with lock(Path(sys.argv[1]), "busy"):
     print("held", flush=True)
     time.sleep(60)"""
 
 
 def test_two_processes_in_one_run_folder_are_kept_apart_and_kill_9_frees_it(tmp_path):
     run = Run.open(tmp_path / "run", {})
-    other = start([sys.executable, "-c", HOLDS, run.folder], cwd=ROOT)
+    other = start([sys.executable, "-c", HOLDS, run.folder, tempfile.gettempdir()], cwd=ROOT)
     assert other.stdout.readline() == "held\n"
     with pytest.raises(UserError, match="Another process trains in"):
         fit(Line(), run, Budget(steps=5))
