@@ -15,11 +15,12 @@ BADGE, SETUP = "[![Open In Colab]", "#| eval: false\n#@title Set up Colab"
 FORM, PLACES = '#@title Settings { display-mode: "form" }', "# What follows from the settings"
 SETTINGS = {FORM: """
 preset = "auto"  #@param ["auto", "tiny", "photos64", "lhq128-fast", "lhq128", "lhq128-f8"]
-#@markdown `auto`: `lhq128` on a GPU; elsewhere `tiny`, a taste of everything in a minute.
+#@markdown `auto`: `lhq128` on a GPU; elsewhere `tiny`, everything at its smallest in a minute.
 source = "auto"  #@param {type:"string"}
-#@markdown A zip or folder on Drive such as `/content/drive/MyDrive/photos.zip`, a link, `lhq`, or `synthetic`. `auto`: `lhq`, with `tiny` `synthetic`.
+#@markdown A zip or folder on Drive such as `/content/drive/MyDrive/photos.zip`, a link, `lhq`, or `synthetic`.
+#@markdown `auto`: `lhq`, with `tiny` `synthetic`.
 hours = 0.0  #@param {type:"number"}
-#@markdown Of training, for each network; 0: as long as the preset says. A run goes on with the settings that it was begun with.""",
+#@markdown Training time for each network; 0: as long as the preset says. A run that is resumed keeps the settings it was started with.""",
             PLACES: """
 if preset == "auto":
     preset = "lhq128" if torch.cuda.is_available() else "tiny"
@@ -29,7 +30,8 @@ size = {"tiny": 32, "photos64": 64}.get(preset, 128)                            
 minutes, steps = 60 * hours or None, 40 if preset == "tiny" and not hours else None    # None: as long as the preset says
 keep = in_colab() or preset != "tiny"                                                  # on Drive, or in ./runs
 root = (runs_root() if keep else home) / "notebooks" / source_name(source).partition(".")[0]
-place, packed = (Path("data") / root.name / str(size), root / f"data-{size}.tar") if in_colab() else (root / f"data-{size}", None)
+data_folder = Path("data") / root.name / str(size) if in_colab() else root / f"data-{size}"
+packed = root / f"data-{size}.tar" if in_colab() else None                             # one file on Drive
 print(f"Preset {preset}, photos from {source}" + f", kept in {root}" * keep)"""}
 
 
@@ -55,7 +57,8 @@ def setup(name):
              '    subprocess.check_call([sys.executable, "-m", "pip", "install", "-q",',
              f'                           "git+{settings()["git_url"]}"])']
     if name in WALKTHROUGHS:
-        lines += ["from google.colab import drive", "# the run lives there and survives a disconnect; a Drive that has gone away is mounted anew",
+        lines += ["from google.colab import drive",
+                  "# runs are kept there and survive a disconnect; a Drive that was lost is mounted again",
                   'drive.mount("/content/drive", force_remount=not os.path.isdir("/content/drive/MyDrive"))']
     return "\n".join(lines)
 

@@ -1,54 +1,58 @@
-"""A module imports only modules with a lower number, inside functions too."""
+"""The package is what the notebooks export: one module each, importing only lower-numbered ones, with no name undefined or unused."""
 import ast
+import re
+import subprocess
+import sys
 
-import pytest
-from conftest import ROOT
-from test_export import MODULES
+from colab_cells import NOTEBOOKS, ROOT
+
+MODULES = [path.stem[3:] for path in NOTEBOOKS]   # in order of their numbers
+TREES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "image_diffusion").glob("*.py")}
 
 
-def imports(source):
-    "Names of all modules that a source text imports, with those of this package as `.name`."
+def imports(name):
+    "Names of all modules that a module imports, inside functions too; those of this package as `.name`."
     names = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(TREES[name]):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            here = node.level or node.module == "image_diffusion"
-            base = "." * node.level + (node.module or "") if node.level else node.module
-            bare = here and base in (".", "image_diffusion")          # `from . import x`
-            names |= {f".{alias.name}" for alias in node.names} if bare else {base}
-    return {"." + name.partition(".")[2] if name.startswith("image_diffusion.") else name for name in names}
+            base = "." * node.level + (node.module or "")
+            names |= {f".{alias.name}" for alias in node.names} if base in (".", "image_diffusion") else {base}
+    return {re.sub(r"^image_diffusion\.", ".", found) for found in names}
 
 
-def module_imports(name):
-    return imports((ROOT / "image_diffusion" / f"{name}.py").read_text(encoding="utf-8"))
+def test_each_notebook_makes_the_module_of_its_name():
+    assert len(MODULES) == len(set(MODULES)) and all(re.fullmatch(r"\d\d_[a-z_]+", path.stem) for path in NOTEBOOKS)
+    assert set(TREES) == {"__init__", "_modidx", *MODULES}
 
 
-@pytest.mark.parametrize("source, found", [
-    ("import image_diffusion.data as d", {".data"}), ("from image_diffusion import data", {".data"}),
-    ("from .data import CLASSES", {".data"}), ("from . import data", {".data"}),
-    ("def f():\n    from image_diffusion.data import CLASSES", {".data"}), ("import matplotlib.pyplot", {"matplotlib.pyplot"})])
-def test_every_way_to_import_is_seen(source, found):
-    assert imports(source) == found
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_imports_point_down(name):
-    own = {found[1:] for found in module_imports(name) if found.startswith(".")}
-    assert own <= set(MODULES[:MODULES.index(name)]), f"{name} imports {own - set(MODULES[:MODULES.index(name)])}"
+def test_imports_point_down():
+    wrong = {name: found for k, name in enumerate(MODULES) if (found := {i[1:] for i in imports(name) if i.startswith(".")} - set(MODULES[:k]))}
+    assert not wrong, f"these import modules with a higher number: {wrong}"
 
 
 def test_only_plots_imports_matplotlib():
-    importers = {name for name in MODULES if any(found.split(".")[0] == "matplotlib" for found in module_imports(name))}
-    assert importers == {"plots"}
+    assert {name for name in MODULES if any(found.split(".")[0] == "matplotlib" for found in imports(name))} == {"plots"}
 
 
-def test_the_floor_imports_nothing_of_the_package():
-    floor = "landscapes blocks bottleneck linear discriminator diffusion sampling guidance".split()
-    assert not {name: found for name in floor if (found := {i for i in module_imports(name) if i.startswith(".")} - {".files", ".sampling"})}
+def test_blocks_losses_and_samplers_stand_on_their_own():
+    alone = "landscapes blocks bottleneck linear discriminator diffusion sampling guidance".split()
+    assert not {name: found for name in alone if (found := {i for i in imports(name) if i.startswith(".")} - {".files", ".sampling"})}
 
 
 def test_the_package_never_imports_its_tools():
     tools = {"nbdev", "fastcore", "execnb", "jupytext", "diffusers", "google", "IPython"}
-    importers = {(name, found) for name in MODULES for found in module_imports(name) if found.split(".")[0] in tools}
+    importers = {(name, found) for name in MODULES for found in imports(name) if found.split(".")[0] in tools}
     assert importers <= {("plots", "IPython"), ("plots", "IPython.display")}     # where a notebook runs, IPython is there already
+
+
+def test_everything_exported_has_a_docstring():
+    assert not [name for name in MODULES if not ast.get_docstring(TREES[name])], "the notebook has no `> sentence` under its title"
+    assert not [f"{name}.{node.name}" for name in MODULES for node in TREES[name].body
+                if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not ast.get_docstring(node)]
+
+
+def test_pyflakes_finds_nothing():
+    found = subprocess.run([sys.executable, "-m", "pyflakes", "image_diffusion", "tests"], cwd=ROOT, capture_output=True, text=True)
+    assert found.stdout + found.stderr == ""

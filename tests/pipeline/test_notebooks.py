@@ -1,4 +1,4 @@
-"""Every notebook has the shape that a reader, Colab and nbdev count on."""
+"""Every notebook has the shape that a reader, Colab and nbdev count on, and keeps the house rules."""
 import ast
 import json
 import re
@@ -9,32 +9,47 @@ from colab_cells import BADGE, METADATA, NOTEBOOKS, ROOT, SETTINGS, SETUP, WALKT
 from image_diffusion.train_autoencoder import PRESETS as AUTOENCODERS
 from image_diffusion.train_diffusion import PRESETS as PRIORS
 
-MODULES = sorted(path for path in (ROOT / "image_diffusion").glob("*.py") if not path.name.startswith("_"))
-PLACE = re.compile(r"(?<![\w/.:])(/[\w.-]+){2,}|\b[A-Z]:\\\\?\w")    # an absolute path, of Unix or Windows
-every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+CELL_LINES, ROOM_LINES, COLUMNS = 60, 450, 140
+ABSOLUTE_PATH = re.compile(r"(?<![\w/.:])(/[\w.-]+){2,}|\b[A-Z]:\\\\?\w")    # of Unix or Windows
+SPACED_SHAPE = re.compile(r"\((?:[A-Z]|\d+), (?:(?:[A-Z]|\d+), )*[A-Z](?:, (?:[A-Z]|\d+))*\)")
+DIALECT = """sitting|at[ _]hand|critics?|leash|wish(?:es)?|doctor|first attempt|typed again|type it again|yardstick|rescued?|rescues|heard|louder|loudly
+|judges?|judged|judging|in_short|brokendown|set_aside|tryagain"""    # the field's words for them are in tests/README.md
+BRITISH = r"\w*colour\w*|grey\w*|neighbour\w*|behaviour\w*|favour\w*|centred?|\w*(?:normal|parameter|quant|recogn|initial|optim|organ|minim|maxim|random|general)is(?:e|ed|es|er|ers|ing|ation|ations)"
+NBS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in NOTEBOOKS}
 
 
-def sources(path, kind):
-    "The texts of a notebook's cells of one kind."
-    return ["".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == kind]
+def sources(name, kind=None):
+    "The texts of a notebook's cells, of all or of one kind."
+    return ["".join(cell["source"]) for cell in NBS[name]["cells"] if kind in (None, cell["cell_type"])]
 
 
-def plain_python(source):
-    "A cell without shell and magic lines, parsed."
-    return ast.parse("\n".join("pass" if line.lstrip().startswith(("!", "%")) else line for line in source.splitlines()))
+def exported(name):
+    "The exported cells of a notebook, as lists of lines without directives."
+    return [[line for line in source.splitlines() if not line.startswith("#|")] for source in sources(name, "code") if source.startswith("#| export")]
 
 
-@every_notebook
-def test_badge_setup_and_metadata_are_the_made_ones(path):
-    assert [text for text in sources(path, "markdown") if text.startswith(BADGE)] == [badge(path.stem)]
-    assert [text for text in sources(path, "code") if text.startswith(SETUP)] == [setup(path.stem)]
-    assert json.loads(path.read_text(encoding="utf-8"))["metadata"] == METADATA
+def words_found(words, text):
+    "Whole words of a pattern that stand in a text."
+    return re.findall(rf"(?<![A-Za-z])(?:{words})(?![A-Za-z])", text, re.I | re.X)
 
 
-@every_notebook
-def test_walkthroughs_have_the_made_settings(path):
-    code = sources(path, "code")
-    assert [text for text in code if text.startswith(tuple(SETTINGS))] == [start + text for start, text in SETTINGS.items()] * (path.stem in WALKTHROUGHS)
+def nothing(found):
+    "Fail with a list of places, if there are any."
+    found = list(found)
+    assert not found, f"{len(found)} places:\n" + "\n".join(str(place) for place in found[:40])
+
+
+# What Colab needs
+
+def test_badge_setup_settings_and_metadata_are_those_of_colab_cells():
+    for name, notebook in NBS.items():
+        assert [text for text in sources(name, "markdown") if text.startswith(BADGE)] == [badge(name)], name
+        assert [text for text in sources(name, "code") if text.startswith(SETUP)] == [setup(name)], name
+        settings = [text for text in sources(name, "code") if text.startswith(tuple(SETTINGS))]
+        assert settings == [start + text for start, text in SETTINGS.items()] * (name in WALKTHROUGHS), name
+        assert name not in WALKTHROUGHS or "## Run this step" in "\n".join(sources(name, "markdown")), name
+        assert notebook["metadata"] == METADATA, name
+    assert METADATA["accelerator"] == "GPU" and METADATA["colab"]["gpuType"] == "T4"
 
 
 def test_settings_name_presets_and_their_sizes():
@@ -44,61 +59,73 @@ def test_settings_name_presets_and_their_sizes():
     assert all(AUTOENCODERS[f"{preset}-kl"].size == sizes.get(preset, 128) for preset in set(offered) - {"auto"})
 
 
-def test_metadata_selects_a_t4():
-    assert METADATA["accelerator"] == "GPU" and METADATA["colab"]["gpuType"] == "T4"
-
-
-@every_notebook
-def test_starts_with_a_title_and_one_sentence_and_ends_with_what_can_go_wrong(path):
-    texts = sources(path, "markdown")
-    assert re.match(r"# \w.*\n> \S.*[.!?]\n\n\S", texts[0]), texts[0][:200]
-    headings = [line for text in texts for line in text.splitlines() if line.startswith("## ")]
-    assert headings[-1] == "## What could go wrong"
-    bullets = re.findall(r"^- ", next(text for text in texts if "## What could go wrong" in text), re.M)
-    assert len(bullets) >= 2
-
-
-@every_notebook
-def test_directives_come_first(path):
-    for source in sources(path, "code"):
-        lines = [line.startswith("#|") for line in source.splitlines() if line.strip()]
-        assert lines == sorted(lines, reverse=True), source
-
-
-@every_notebook
-def test_names_are_imported_one_by_one_and_never_from_nbdev(path):
-    for source in sources(path, "code"):
-        for node in ast.walk(plain_python(source)):
-            if isinstance(node, ast.ImportFrom):
-                assert node.module.split(".")[0] != "nbdev" and all(alias.name != "*" for alias in node.names), source
-            if isinstance(node, ast.Import):
-                assert all(alias.name.split(".")[0] != "nbdev" for alias in node.names), source
-
-
-@every_notebook
-def test_outputs_are_small_and_name_no_place_on_a_machine(path):
-    assert path.stat().st_size < 1_000_000
-    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-        for output in cell.get("outputs", []):
-            assert output["output_type"] != "error"
-            texts = [output.get("text", "")] + [value for kind, value in output.get("data", {}).items() if not kind.startswith("image/")]
-            assert not PLACE.search("".join("".join(text) for text in texts)), texts
-
-
-@pytest.mark.parametrize("text, told", [("saved in /home/me/runs", True), (r"C:\Users\me", True), ("40/50/60 img/s", False),
-                                        ("see https://example.org/a/b", False), ("data/images.npy", False)])
-def test_paths_are_recognized(text, told):
-    assert bool(PLACE.search(text)) == told
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_everything_exported_says_what_it_is(path):
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    assert ast.get_docstring(tree), "the notebook has no `> sentence` under its title"
-    silent = [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not ast.get_docstring(node)]
-    assert not silent
-
-
 def test_readme_badges_are_the_made_ones():
     found = re.findall(r"\[!\[[^]]*\]\([^)]*\)\]\(https://colab[^)]*\)", (ROOT / "README.md").read_text(encoding="utf-8"))
-    assert not found or sorted(found) == sorted(badge(path.stem) for path in NOTEBOOKS)
+    assert not found or sorted(found) == sorted(map(badge, NBS))
+
+
+def test_outputs_are_small_and_name_no_path_of_a_machine():
+    for path in NOTEBOOKS:
+        assert path.stat().st_size < 1_000_000, path.name
+        outputs = [output for cell in NBS[path.stem]["cells"] for output in cell.get("outputs", [])]
+        texts = [output.get("text", "") for output in outputs]
+        texts += [text for output in outputs for kind, text in output.get("data", {}).items() if not kind.startswith("image/")]
+        assert not any(output["output_type"] == "error" for output in outputs) and not ABSOLUTE_PATH.search("".join(map("".join, texts))), path.name
+
+
+# What a reader needs
+
+def test_each_starts_with_a_title_and_one_sentence_and_ends_with_what_could_go_wrong():
+    for name in NBS:
+        texts = sources(name, "markdown")
+        assert re.match(r"# \w.*\n> \S.*[.!?]\n\n\S", texts[0]), texts[0][:200]
+        headings = re.findall(r"^## .*", "\n".join(texts), re.M)
+        assert headings[-1] == "## What could go wrong", name
+        assert len(re.findall(r"^- ", next(text for text in texts if headings[-1] in text), re.M)) >= 2, name
+
+
+def test_directives_come_first():
+    for name in NBS:
+        for source in sources(name, "code"):
+            lines = [line.startswith("#|") for line in source.splitlines() if line.strip()]
+            assert lines == sorted(lines, reverse=True), source
+
+
+def test_names_are_imported_one_by_one_and_never_from_nbdev():
+    for name in NBS:
+        for source in sources(name, "code"):
+            python = "\n".join("pass" if line.lstrip().startswith(("!", "%")) else line for line in source.splitlines())
+            for node in ast.walk(ast.parse(python)):
+                modules = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                assert not any(module.split(".")[0] == "nbdev" for module in modules), source
+                assert not isinstance(node, ast.ImportFrom) or all(alias.name != "*" for alias in node.names), source
+
+
+# House rules
+
+@pytest.mark.xfail(strict=False, reason="the rooms are being finished")
+def test_no_exported_cell_is_longer_than_a_screen():
+    nothing(f"{name}: {len(lines)} lines: {lines[0]}" for name in NBS for lines in exported(name) if len(lines) > CELL_LINES)
+
+
+@pytest.mark.xfail(strict=False, reason="the rooms are being finished")
+def test_no_notebook_exports_too_much():
+    nothing(f"{name}: {total} lines" for name in NBS if (total := sum(map(len, exported(name)))) > ROOM_LINES)
+
+
+@pytest.mark.xfail(strict=False, reason="the rooms are being finished")
+def test_no_line_of_code_is_too_long():
+    texts = {name: "\n".join(sources(name, "code")) for name in NBS} | {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py")}
+    nothing(f"{name}: {len(line)} columns: {line.strip()[:90]}" for name, text in texts.items() for line in text.splitlines() if len(line) > COLUMNS)
+
+
+@pytest.mark.xfail(strict=False, reason="the rooms are being finished")
+def test_shapes_are_written_without_blanks():
+    nothing(f"{name}: {found}" for name in NBS for source in sources(name) for found in SPACED_SHAPE.findall(source))
+
+
+@pytest.mark.xfail(strict=False, reason="the rooms are being finished")
+@pytest.mark.parametrize("words", [DIALECT, BRITISH], ids=["the field's words", "US spelling"])
+def test_words(words):
+    texts = {name: "\n".join(sources(name)) for name in NBS} | {"README.md": (ROOT / "README.md").read_text(encoding="utf-8")}
+    nothing(f"{name}: {word}" for name, text in texts.items() for word in words_found(words.replace(" ", r"\ "), text))
