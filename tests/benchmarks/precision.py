@@ -10,8 +10,9 @@ from time import perf_counter
 
 import torch
 
-from image_diffusion import train_autoencoder, train_diffusion
 from image_diffusion.autoencoder import make_autoencoder
+from image_diffusion.train_autoencoder import PRESETS as AUTOENCODERS
+from image_diffusion.train_diffusion import PRESETS as PRIORS
 from image_diffusion.training import Precision
 from image_diffusion.unet import UNet
 
@@ -20,14 +21,14 @@ REPEATS = 7
 
 def autoencoder_step():
     "A step of the photos64 autoencoder, L1 only, as a function of a precision."
-    recipe = train_autoencoder.PRESETS["photos64-kl"]
+    recipe = AUTOENCODERS["photos64-kl"]
     model, x = make_autoencoder(recipe.model), torch.rand(recipe.batch_size, 3, recipe.size, recipe.size) * 2 - 1
     return lambda precision: backward(precision, lambda: (model(x)[0] - x).abs().mean())
 
 
 def prior_step():
     "A step of the photos64 UNet, as a function of a precision."
-    recipe = train_diffusion.PRESETS["photos64"]
+    recipe = PRIORS["photos64"]
     config = replace(recipe.model, num_classes=4)
     net, z = UNet(config), torch.randn(recipe.batch_size, config.in_ch, config.size, config.size)
     label, c_noise = torch.zeros(len(z), dtype=torch.long), torch.rand(len(z)) * 1000

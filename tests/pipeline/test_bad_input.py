@@ -22,10 +22,10 @@ from PIL import Image
 
 
 def sentence(output):
-    "The answer to a mistake: the last line, which must be one sentence and no traceback."
+    "The answer to a mistake: the last line, which must be one sentence (perhaps with a question for a slip of the pen) and no traceback."
     assert "Traceback" not in output, output
     last = output.strip().splitlines()[-1]
-    assert last.startswith("Error: ") and last.endswith(".") and len(last) < 700, output
+    assert last.startswith("Error: ") and last.endswith((".", "?")) and len(last) < 700, output
     return last
 
 
