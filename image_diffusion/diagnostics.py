@@ -51,14 +51,14 @@ RULES = (   # (number, above or below, limit, what to say; {value} and every oth
     ("skipped", operator.gt, 0.05, "{value:.0%} of steps were skipped because a gradient was not finite: lower lr"),
     ("d_skipped", operator.gt, 0.05, "{value:.0%} of the discriminator's steps were skipped because a gradient was not finite: lower lr"),
     ("nan_loss", operator.gt, 1e-9, "the loss was not finite on {value:.1%} of steps, which were skipped: look for broken images, or train in bf16 or fp32"),
-    ("rescues", operator.gt, 1e-9, "training broke down and went back to a checkpoint (rescues: {value:.0f}, each halves the rate): lower lr, or look for broken images"),
+    ("rollbacks", operator.gt, 1e-9, "training broke down and was rolled back to a checkpoint ({value:.0f} times, each halves the learning rate): lower lr, or look for broken images"),
     ("rise", operator.gt, 10.0, "the loss is {value:,.0f} times what it was at its lowest: training has run away; lower lr, and use the best checkpoint"),
     ("scale", operator.lt, 2.0, "the gradient scale of fp16 has fallen to its floor ({value:.2g}): gradients overflow again and again; lower lr, or train in fp32"),
     ("d_scale", operator.lt, 2.0, "the gradient scale of the discriminator has fallen to its floor ({value:.2g}): lower its lr_ratio, or train in fp32"),
     ("max_activation", operator.gt, FP16_MAX / 4, "the largest activation is {value:,.0f}, and fp16 ends at 65,504: lower lr, or train in fp32 or bf16"),
     ("saturated", operator.gt, 0.2, "{value:.0%} of the reconstruction lies outside [-1, 1], where bytes cannot follow: lower lr, or look for a clamp in the loss"),
     ("d_accuracy", operator.gt, 0.97, "the discriminator wins outright (right on {value:.0%} of patches): lower its lr_ratio, or set lecam_weight or r1_weight"),
-    ("d_accuracy", operator.lt, 0.55, "the discriminator guesses (right on {value:.0%} of patches), so that its gradient is noise: raise its alone or lr_ratio"),
+    ("d_accuracy", operator.lt, 0.55, "the discriminator guesses (right on {value:.0%} of patches), so that its gradient is noise: raise its warmup or lr_ratio"),
     ("logit_margin", operator.gt, 20.0, "the discriminator's logits are {value:.0f} apart and grow without bound: set lecam_weight or r1_weight"),
     ("gan_weight", operator.gt, 9.5, "the adaptive weight sits at its cap ({value:.1f}): the discriminator's gradient is tiny, it is blind or has won"),
     ("codes_share", operator.lt, 0.8, "only {value:.0%} of the codebook is used over an epoch: raise dead_code_threshold, or train longer"),
@@ -102,7 +102,7 @@ def diagnose(
 
 # %% ../nbs/43_diagnostics.ipynb #79c8d43f
 DIAGNOSTIC_PANELS = {   # title -> numbers of metrics.jsonl
-    "pull of each loss at the last layer": ["pull_rec_loss", "pull_mse_loss", "pull_perceptual_loss", "pull_g_loss"],
+    "gradient norm of each loss at the last layer": ["grad_norm_rec_loss", "grad_norm_mse_loss", "grad_norm_perceptual_loss", "grad_norm_g_loss"],
     "gradient norm: raw, applied": ["grad_norm", "applied_norm", "d_grad_norm"],
     "share of steps clipped, skipped": ["clipped", "skipped", "nan_loss", "d_clipped", "d_skipped"],
     "saturated pixels": ["saturated"],

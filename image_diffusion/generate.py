@@ -40,7 +40,8 @@ class LatentDiffusion:
     autoencoder: Autoencoder
     classes: list         # names; empty for an unconditional prior
     latent_shape: tuple   # (C,h,w)
-    levels: tuple         # lowest and highest noise level to visit
+    sigma_min: float      # lowest noise level to visit
+    sigma_max: float      # highest noise level to visit
     step: int             # optimizer steps that made it
     precision: Precision
 
@@ -76,7 +77,7 @@ def load_prior(
         raise UserError(f"The snapshot in {folder} has a latent scale that cannot be, or that of another autoencoder: restore it from a copy, or train it again.")
     place = lambda module: precision.place(module).eval().requires_grad_(False)
     return LatentDiffusion(place(Denoiser(parts["net"], config["parameterization"])), place(parts["scale"]), place(autoencoder), config["classes"],
-                 tuple(config["latent_shape"]), sigma_range(config["noise_levels"]), config["step"], precision)
+                 tuple(config["latent_shape"]), *sigma_range(config["noise_levels"]), config["step"], precision)
 
 # %% ../nbs/70_generate.ipynb #d3c90c44
 def prior_parts(
@@ -139,8 +140,7 @@ def draw_latents(
     guidance=None,         # 1 = none; a number, or (B,) one per picture; None: the default, which is 1 without classes
     denoiser=None,         # None: the prior's own
     shape: tuple = None,   # (C,h,w); None: the prior's own
-    levels: tuple = None,  # lowest and highest noise level; None: the prior's own
-    **sampling,            # seed, steps, sampler, schedule, interval, noise, start, change, callback of `sample_latents`
+    **sampling,            # seed, steps, sampler, schedule, sigma_min, sigma_max, interval, noise, start, wrap_denoiser, callback of `sample_latents`
 ) -> torch.Tensor:
     "Normalized latents (B,C,h,w) float32. UserError for no steps, no pictures, or guidance where there are no classes; SamplingError for numbers that are not finite."
     if (steps := sampling.get("steps", 20)) < 1 or len(labels) < 1:
@@ -149,7 +149,8 @@ def draw_latents(
     if not prior.classes and (torch.as_tensor(guidance) != 1).any():
         raise UserError("This prior was trained without classes, so that guidance has nothing to push towards: leave guidance out.")
     with prior.precision.autocast():
-        return sample_latents(denoiser or prior.denoiser, shape or prior.latent_shape, labels, indices, guidance=guidance, levels=levels or prior.levels, **sampling)
+        return sample_latents(denoiser or prior.denoiser, shape or prior.latent_shape, labels, indices, guidance=guidance,
+                              **{"sigma_min": prior.sigma_min, "sigma_max": prior.sigma_max} | sampling)
 
 # %% ../nbs/70_generate.ipynb #09c2af2f
 def in_pieces(
@@ -285,12 +286,12 @@ def vary(
     **sampling,            # of `draw_latents`
 ) -> torch.Tensor:
     "Noise photos to a level and come back (Meng et al. 2022): pictures (B,3,H,W). UserError for a level that was not trained."
-    low, high = prior.levels
+    low, high = prior.sigma_min, prior.sigma_max
     if not low < sigma <= high * 1.001:
         raise UserError(f"The noise level must lie above {low:.2g} and be {high:.4g} at most, not {sigma:g}.")
     def draw(piece):
         z = encode(prior, x[piece])
-        return decode(prior, draw_latents(prior, labels[piece], range(piece.start, piece.stop), start=z, levels=(low, min(sigma, high)), **sampling))
+        return decode(prior, draw_latents(prior, labels[piece], range(piece.start, piece.stop), start=z, sigma_max=min(sigma, high), **sampling))
     return in_pieces(draw, len(x))
 
 # %% ../nbs/70_generate.ipynb #d83e3795
@@ -309,7 +310,7 @@ def inpaint(
         z = encode(prior, x[piece])                                                               # (b,C,h,w)
         open_z = F.max_pool2d(hole[piece], prior.autoencoder.factor).to(z.device)                 # (b,1,h,w): open if any of its pixels is
         return decode(prior, draw_latents(prior, labels[piece], range(piece.start, piece.stop), start=z * (1 - open_z),
-                                          change=lambda denoise: inpainted(denoise, z, open_z), **sampling))
+                                          wrap_denoiser=lambda denoise: inpainted(denoise, z, open_z), **sampling))
     return torch.where(hole.bool(), in_pieces(draw, len(x)), x.cpu())
 
 

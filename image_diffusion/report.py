@@ -306,7 +306,7 @@ def show_denoising(
     "One picture of each class (at most four) on its way from noise: what the network takes it for, and at last the picture."
     names = prior.classes[:4] or [None] * 4
     with prior.precision.autocast():
-        z = sample_strip(prior.denoiser, prior.latent_shape, class_labels(prior, names, 4), range(len(names)), moments, seed=seed, levels=prior.levels)
+        z = sample_strip(prior.denoiser, prior.latent_shape, class_labels(prior, names, 4), range(len(names)), moments, seed=seed, sigma_min=prior.sigma_min, sigma_max=prior.sigma_max)
     x = decode(prior, z.flatten(0, 1)).cpu()
     return show_images(x, nrow=moments, row_labels=prior.classes[:4] or None, col_labels=["first guess"] + [""] * (moments - 2) + ["picture"])
 

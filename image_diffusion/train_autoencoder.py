@@ -53,7 +53,7 @@ class DiscriminatorRecipe:
     weight: float = 0.5         # of the adversarial loss; 0 = no critic at all
     adaptive: bool = True       # the weight is a share of the reconstruction's own pull (Esser et al. 2021)
     start: float = 0.6          # when the autoencoder begins to hear it: a share of the budget, or, from 1 on, a step
-    alone: float = 0.05         # how long before that it trains alone, in the same unit
+    warmup: float = 0.05        # how long before that it trains without being used, in the same unit
     ramp: float = 0.05          # how long until it is heard in full, in the same unit
     lr_ratio: float = 1.0       # its learning rate over the autoencoder's
     grad_clip: float = 100.0    # well above its usual norm, 20 to 30 in photos64: clipping is for accidents
@@ -114,7 +114,7 @@ _cpu = dict(disc=_small_critic, batch_size=8, lr=2e-3, warmup_steps=100, ema_dec
 _photos = AutoencoderRecipe(PHOTOS, size=64, steps=10_000, **_cpu | {"lr": 1e-3, "disc": replace(_small_critic, weight=0.2)})   # its judges: see "Three judges"
 
 
-_seed = dict(disc=DiscriminatorRecipe(loss="bce", weight=0.1, adaptive=False, start=0.625, alone=0.0, ramp=0.0, grad_clip=1.0), batch_size=48, lr=1e-5, final_lr=1.0,
+_seed = dict(disc=DiscriminatorRecipe(loss="bce", weight=0.1, adaptive=False, start=0.625, warmup=0.0, ramp=0.0, grad_clip=1.0), batch_size=48, lr=1e-5, final_lr=1.0,
              warmup_steps=1, steps=24_000, mse_weight=1.0, kl_weight=5e-6 * 3 * 32 * 32, grad_clip=1.0, ema_decay=0.0)
 
 
@@ -181,7 +181,7 @@ class AutoencoderStage(Stage):
         with largest_activation(self.model, self.disc, watch=check) as health:
             x, x_rec, metrics = self.autoencoder_step(x, ramp(now, disc.start, disc.ramp) if disc.weight else 0.0, check,
                                                       with_features=schedule_position(start, step, progress) >= start)
-            if disc.weight and now >= disc.start - disc.alone:
+            if disc.weight and now >= disc.start - disc.warmup:
                 metrics |= self.discriminator_step(x, x_rec, with_r1=disc.r1_weight and step % R1_EVERY == 0)
         return metrics | health | self.code_health(step, check) | {"lr": lr}
 
@@ -211,12 +211,12 @@ class AutoencoderStage(Stage):
         "Reconstruct, ask the judges, step; returns x, x_rec (B,3,H,W), without a graph, and the numbers."
         recipe = self.recipe
         x, x_rec, bottleneck_loss, info = self.through(x)
-        wishes, numbers = self.loss_gradients(x, x_rec, gan_share, with_features)
+        grads, numbers = self.loss_gradients(x, x_rec, gan_share, with_features)
         if check:
-            numbers |= {f"pull_{name}": grad_wrt_last_layer(wish, x_rec, self.model.last_layer).norm() for name, wish in wishes.items()}
+            numbers |= {f"grad_norm_{name}": grad_wrt_last_layer(grad, x_rec, self.model.last_layer).norm() for name, grad in grads.items()}
             numbers["saturated"] = (x_rec.detach().abs() >= 1).float().mean()
         is_kl = recipe.model.bottleneck == "kl"
-        loss = (x_rec * sum(wishes.values())).sum() + (recipe.kl_weight if is_kl else 1.0) * bottleneck_loss   # only its gradient has a meaning
+        loss = (x_rec * sum(grads.values())).sum() + (recipe.kl_weight if is_kl else 1.0) * bottleneck_loss   # only its gradient has a meaning
         step_numbers = optimizer_step(loss, self.optimizer, self.scaler, recipe.grad_clip)
         if not step_numbers["skipped"]:
             self.ema.update_parameters(self.model)
@@ -229,19 +229,19 @@ class AutoencoderStage(Stage):
         recipe, leaf = self.recipe, x_rec.detach().requires_grad_()         # no judge's graph reaches the decoder
         losses = reconstruction_losses(x, leaf, self.perceptual if with_features else None)
         weights = {"rec_loss": 1.0, "mse_loss": recipe.mse_weight, "perceptual_loss": recipe.perceptual_weight}
-        wishes = {name: weights[name] * grad_wrt_image(loss, leaf) for name, loss in losses.items()}
+        grads = {name: weights[name] * grad_wrt_image(loss, leaf) for name, loss in losses.items()}
         if gan_share > 0:
             losses["g_loss"] = self.g_loss(leaf)
-            wish = grad_wrt_image(losses["g_loss"], leaf)
-            losses["gan_weight"] = self.balance(x_rec, sum(wishes.values()), wish)
-            wishes["g_loss"] = gan_share * recipe.disc.weight * losses["gan_weight"] * wish
-        return wishes, {name: torch.as_tensor(loss).detach() for name, loss in losses.items()}
+            grad = grad_wrt_image(losses["g_loss"], leaf)
+            losses["gan_weight"] = self.adversarial_weight(x_rec, sum(grads.values()), grad)
+            grads["g_loss"] = gan_share * recipe.disc.weight * losses["gan_weight"] * grad
+        return grads, {name: torch.as_tensor(loss).detach() for name, loss in losses.items()}
 
-    def balance(self, x_rec: torch.Tensor, wish: torch.Tensor, g_wish: torch.Tensor) -> torch.Tensor:
-        "The factor (0-d) that lets the discriminator's wish pull as hard as the reconstruction's; 1 where the recipe is not adaptive."
+    def adversarial_weight(self, x_rec: torch.Tensor, grad: torch.Tensor, g_grad: torch.Tensor) -> torch.Tensor:
+        "The factor (0-d) that lets the discriminator's grad pull as hard as the reconstruction's; 1 where the recipe is not adaptive."
         if not self.recipe.disc.adaptive:
             return torch.ones(())
-        return adaptive_weight(*(grad_wrt_last_layer(w, x_rec, self.model.last_layer).norm() for w in (wish, g_wish)))
+        return adaptive_weight(*(grad_wrt_last_layer(w, x_rec, self.model.last_layer).norm() for w in (grad, g_grad)))
 
     def g_loss(self, x_rec: torch.Tensor) -> torch.Tensor:
         "The discriminator's verdict on x_rec (B,3,H,W); its own weights get no gradient."

@@ -18,7 +18,7 @@ import torch
 from .autoencoder import count_macs, count_parameters
 from .cost import plan_lines, step_cost
 from .data import ImageDataset
-from .diffusion import (NOISE_LEVELS, Denoiser, check_combination, cosine_sigmas,
+from .diffusion import (NOISE_LEVELS, SIGMA_MAX, SIGMA_MIN, Denoiser, check_combination, cosine_sigmas,
                                        drop_labels, loss_weight, min_snr_weight, sigma_range, stratified_u)
 from .drive import open_run
 from .ema import make_ema, make_power_ema
@@ -89,19 +89,20 @@ def sample_latents(
     steps: int = 20,        # noise levels visited; a network evaluation each (Heun: two), of double batch where guidance acts
     sampler: str = "dpmpp_2m",   # a key of `SAMPLERS`
     schedule: str = "log_snr",   # a key of `SIGMA_SCHEDULES`
-    levels: tuple = sigma_range("cosine"),  # lowest and highest noise level visited
+    sigma_min: float = SIGMA_MIN,  # lowest noise level visited
+    sigma_max: float = SIGMA_MAX,  # highest noise level visited
     interval: tuple = GUIDANCE_INTERVAL,    # noise levels (above, up to) with guidance
     noise: torch.Tensor = None,  # (B,C,h,w) unit noise to start from instead of that of (seed, index)
     start: torch.Tensor = 0.0,   # (B,C,h,w) latents that the first noise is added to: below the highest level something of them survives
-    change=None,                 # `change(denoise) -> denoise`, such as one that keeps part of a picture
+    wrap_denoiser=None,          # `wrap_denoiser(denoise) -> denoise`, such as one that keeps part of a picture
     callback=None,               # see the samplers
 ) -> torch.Tensor:
     "Draw normalized latents (B,C,h,w) float32; the network runs on the device of `labels`. SamplingError for an unknown sampler or schedule."
-    sample, sigmas = lookup(SAMPLERS, sampler, "sampler"), sigma_schedule(schedule, steps, *levels)
+    sample, sigmas = lookup(SAMPLERS, sampler, "sampler"), sigma_schedule(schedule, steps, sigma_min, sigma_max)
     noise = sample_noise(seed, indices, shape, device=labels.device) if noise is None else noise
     denoise = guided(denoiser, labels if (labels >= 0).any() else None, guidance, interval)
     fresh = step_noise(seed, indices, shape, device=labels.device)                               # for samplers that add noise on the way
-    return sample(change(denoise) if change else denoise, start + noise * sigmas[0], sigmas, fresh, callback)
+    return sample(wrap_denoiser(denoise) if wrap_denoiser else denoise, start + noise * sigmas[0], sigmas, fresh, callback)
 
 
 def sample_strip(
@@ -109,13 +110,13 @@ def sample_strip(
     shape: tuple,          # (C,h,w) of one latent
     labels: torch.Tensor,  # (B,) class of each sample, -1 = none
     indices,               # (B,) which samples of the seed
-    moments: int = 8,      # shown on the way, evenly spaced over the steps
+    columns: int = 8,      # shown on the way, evenly spaced over the steps
     **sampling,            # of `sample_latents`
 ) -> torch.Tensor:
-    "What the network takes each sample for at several moments of the walk, and at last the sample: (B,moments,C,h,w)."
+    "What the network takes each sample for at several noise levels, and at last the sample: (B,columns,C,h,w)."
     guesses = []
     z = sample_latents(denoiser, shape, labels, indices, callback=lambda i, sigma, x, denoised: guesses.append(denoised), **sampling)
-    chosen = torch.linspace(0, len(guesses) - 1, moments).round().long()[:-1]
+    chosen = torch.linspace(0, len(guesses) - 1, columns).round().long()[:-1]
     return torch.stack([*(guesses[i] for i in chosen), z], dim=1)
 
 # %% ../nbs/65_train_diffusion.ipynb #3ca40968
@@ -156,10 +157,11 @@ class DiffusionStage(Stage):
         self.ema = make_ema(self.denoiser, recipe.ema_decay)
         self.averages = torch.nn.ModuleList(make_power_ema(self.denoiser, width) for width in recipe.power_emas)
         self.optimizer = torch.optim.AdamW(self.denoiser.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.01)
-        self.scaler, self.yardstick = precision.scaler(), None
+        self.scaler, self.sample_metrics = precision.scaler(), None
+        self.sigma_range = dict(zip(("sigma_min", "sigma_max"), sigma_range(recipe.noise_levels)))
 
-    def kept_averages(self) -> dict:
-        "See `Stage.kept_averages`."
+    def ema_averages(self) -> dict:
+        "See `Stage.ema_averages`."
         return dict(zip(self.recipe.power_emas, self.averages))
 
     def batch(self, rows, flips) -> tuple:
@@ -215,13 +217,13 @@ class DiffusionStage(Stage):
     def draw(self, labels: torch.Tensor, indices, seed: int, steps: int) -> torch.Tensor:
         "Samples (B,3,H,W) in [-1,1] of the EMA weights."
         with self.precision.autocast():
-            z = sample_latents(self.ema.module, self.latents.shape, labels, indices, seed, steps=steps, levels=sigma_range(self.recipe.noise_levels))
+            z = sample_latents(self.ema.module, self.latents.shape, labels, indices, seed, steps=steps, **self.sigma_range)
             return self.autoencoder.decode_latent(self.scale.denormalize(z)).float().clamp(-1, 1)
 
     @torch.no_grad()
     def measure(self, run: Run, step: int, stop) -> dict:
         "Distances of samples to the dev photos; {} if `stop()` ended it early. What was drawn so far lies in `measured/samples.npz`."
-        yard = self.yardstick
+        yard = self.sample_metrics
         labels, features = yard.labels().to(self.precision.device), yard.features.to(self.precision.device)
         key = {"step": step, "weights": weights_sha256(self.ema.module), "seed": yard.seed, "steps": yard.steps, "count": yard.count, "data": yard.data.manifest["sha256"]}
 
@@ -236,9 +238,9 @@ class DiffusionStage(Stage):
     def sample(self, path: Path) -> None:
         "Pictures, always from the same noise: 16 samples, or four for each of the first eight classes; and in `denoising_...` how four of them came about."
         labels = torch.arange(min(8, len(self.classes))).repeat_interleave(4) if self.classes else torch.full((16,), -1)
-        labels, levels = labels.to(self.precision.device), sigma_range(self.recipe.noise_levels)
+        labels = labels.to(self.precision.device)
         with self.precision.autocast():
-            strips = self.strips(labels, levels)                                                                         # (B,T,C,h,w)
+            strips = self.strips(labels)                                                                         # (B,T,C,h,w)
             some = strips[:: max(1, len(labels) // 4)][:4].flatten(0, 1)                                                 # (4T,C,h,w)
             x, x_some = (self.autoencoder.decode_latent(self.scale.denormalize(z)).float() for z in (strips[:, -1], some))
         save_png(x, path, nrow=4, scale=max(1, 64 // x.shape[-1]))
@@ -248,10 +250,10 @@ class DiffusionStage(Stage):
         "How the training goes, for a glance while it does."
         return plot_trends({"prior": records})
 
-    def strips(self, labels: torch.Tensor, levels: tuple) -> torch.Tensor:
+    def strips(self, labels: torch.Tensor) -> torch.Tensor:
         "How samples come about (B,T,C,h,w); TrainingDiverged if the network gives numbers that are not finite."
         try:
-            return sample_strip(self.ema.module, self.latents.shape, labels, range(len(labels)), levels=levels)
+            return sample_strip(self.ema.module, self.latents.shape, labels, range(len(labels)), **self.sigma_range)
         except SamplingError as error:
             raise TrainingDiverged(str(error)) from error
 
@@ -310,7 +312,7 @@ def train_diffusion(
     latents = cache_latents(autoencoder, data, autoencoder_folder, latents_folder(data, autoencoder_folder), precision.device)
     stage = DiffusionStage(latents, recipe, autoencoder, data.classes, precision)
     if eval_every:
-        stage.measure_every, stage.yardstick = eval_every, SampleMetrics(data, available_features()[0], eval_samples)
+        stage.measure_every, stage.sample_metrics = eval_every, SampleMetrics(data, available_features()[0], eval_samples)
     return fit(stage, run, length, f"diffusion {preset}", save_every_minutes, end=end)
 
 # %% ../nbs/65_train_diffusion.ipynb #d6f8e854

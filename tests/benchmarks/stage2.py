@@ -71,7 +71,7 @@ CONTESTANTS = {   # name -> (recipe, stage)
 
 def as_prior(stage, recipe, step):
     "What draws with a stage's EMA weights."
-    return LatentDiffusion(stage.ema.module.eval(), stage.scale, stage.autoencoder, stage.classes, stage.latents.shape, sigma_range(recipe.noise_levels), step, stage.precision)
+    return LatentDiffusion(stage.ema.module.eval(), stage.scale, stage.autoencoder, stage.classes, stage.latents.shape, *sigma_range(recipe.noise_levels), step, stage.precision)
 
 
 def measure(prior, data, samples, guidance, seed=1):

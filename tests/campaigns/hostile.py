@@ -188,7 +188,7 @@ def make_samples(home):
         data = prepare("synthetic", home / "data", SIZE, limit=40, progress=False)
         pack(data, home / "packed" / "data.tar", progress=False)
         recipe = AutoencoderRecipe(AutoencoderConfig(ch=8, ch_mult=(1,), enc_blocks=1, dec_blocks=1, mid_blocks=0, patch=2, num_groups=4, codebook_size=16, bottleneck="vq"), size=SIZE,
-                                   disc=DiscriminatorRecipe(ch=8, layers=1, start=0.0, alone=0.0), batch_size=4, perceptual_weight=0.0)
+                                   disc=DiscriminatorRecipe(ch=8, layers=1, start=0.0, warmup=0.0), batch_size=4, perceptual_weight=0.0)
         ae = AutoencoderStage(data, recipe)
         run = Run.open(home / "kl", {"stage": "autoencoder", "recipe": asdict(recipe), "minutes": 1.0, "data": data.manifest["sha256"]})
         fit(ae, run, Budget(steps=3), save_every_minutes=0, log_every=1)
@@ -338,7 +338,7 @@ class Bench:
         path.with_suffix(".json").write_text(json.dumps(facts | {"size": path.stat().st_size, "sha256": file_sha256(path)}))
         sitting = Sitting(stage, run, 5, 25, 6, None)
         step, seconds = sitting.begin()
-        assert type(step) is int and step >= 0 and 0 <= seconds < math.inf and 0 <= stage.rescues <= 3, (step, seconds)
+        assert type(step) is int and step >= 0 and 0 <= seconds < math.inf and 0 <= stage.rollbacks <= 3, (step, seconds)
         stage.train_step(step, 0.5)
         assert all(map(math.isfinite, sitting.meter.pop().values()))
 
@@ -348,7 +348,7 @@ class Bench:
         if how == "tensor":
             for _ in range(rng.choice([1, 1, 4])):
                 if isinstance(state, dict): state = change(rng, state, lambda old: wrong_tensor(rng, old))
-        if how == "code in": state["stage"]["rescues"] = Code(self.marker)
+        if how == "code in": state["stage"]["rollbacks"] = Code(self.marker)
         if how == "deep":
             deep = []
             for _ in range(400): deep = [deep]

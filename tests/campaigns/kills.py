@@ -30,7 +30,7 @@ tqdm.set_lock(threading.RLock())   # a life that is killed with tqdm's own lock,
 SHARED = mmap.mmap(-1, 2)    # of a life and the process that kills it: steps of this life, and whether it is saving
 TINY = PRESETS["tiny-vq"]
 AUTOENCODER = replace(TINY, model=replace(TINY.model, ch=8, num_groups=4, codebook_size=32), batch_size=2, warmup_steps=10,
-                      disc=replace(TINY.disc, ch=8, start=0.3, alone=0.1, ramp=0.2, lecam_weight=0.1))
+                      disc=replace(TINY.disc, ch=8, start=0.3, warmup=0.1, ramp=0.2, lecam_weight=0.1))
 PRIOR = DiffusionRecipe(UNetConfig(size=8, ch=16, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), num_groups=8), batch_size=4, warmup_steps=10, ema_decay=0.99)
 
 

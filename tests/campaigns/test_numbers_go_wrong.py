@@ -7,7 +7,7 @@ import torch
 from image_diffusion.files import UserError
 from image_diffusion.runs import Run, load_checkpoint, read_metrics
 from image_diffusion.diagnostics import diagnose
-from image_diffusion.training import GIVE_UP_AFTER, MOST_RESCUES, SCALE_FLOOR, Budget, Interrupted, batch_indices, fit
+from image_diffusion.training import MAX_SKIPPED_STEPS, MAX_ROLLBACKS, SCALE_FLOOR, Budget, Interrupted, batch_indices, fit
 from kills import STAGES, AUTOENCODER, autoencoder_stage
 
 STEPS = 40
@@ -58,41 +58,41 @@ def sound(run):
 def test_one_nan_batch_is_skipped_and_named(stage, tmp_path):
     run = train(broken(stage, lambda step, rows: step == STEPS - 4), tmp_path / "run")
     records = [record for record in read_metrics(run) if "skipped" in record]
-    assert [record["step"] for record in records if record["skipped"]] == [STEPS - 3] and len(records) == STEPS and stage.rescues == 0
+    assert [record["step"] for record in records if record["skipped"]] == [STEPS - 3] and len(records) == STEPS and stage.rollbacks == 0
     assert sound(run) and run.finished["step"] == STEPS
     assert any("the loss was not finite on" in words and "broken images" in words for words in diagnose(records))
 
 
 def test_broken_images_that_come_again_and_again_end_in_a_sentence(stage, tmp_path, capsys):
     run = Run.open(tmp_path / "run", {})
-    with pytest.raises(UserError, match=rf"broke down {MOST_RESCUES + 1} times.*lower lr, and look for broken images.*are as they were"):
+    with pytest.raises(UserError, match=rf"broke down {MAX_ROLLBACKS + 1} times.*lower lr, and look for broken images.*are as they were"):
         fit(broken(stage, lambda step, rows: step >= 3), run, Budget(steps=200), log_every=1, samples=1, save_every_minutes=0.0)
     state = load_checkpoint(run)
     assert state["step"] > 0 and run.finished is None
     assert all(value.isfinite().all() for value in state["stage"]["ema"].values())
 
 
-def test_a_rescue_takes_the_photos_in_another_order(stage, tmp_path, capsys):
+def test_a_rollback_takes_the_photos_in_another_order(stage, tmp_path, capsys):
     "A stretch of one order is broken from the first step on: before any step was saved, training goes back to the beginning and on another way."
     seen = []
     def when(step, rows):
-        seen.append((step, stage.rescues, rows.tolist()))
-        return not stage.rescues
-    run = train(broken(stage, when), tmp_path / "run", steps=GIVE_UP_AFTER + 2)
+        seen.append((step, stage.rollbacks, rows.tolist()))
+        return not stage.rollbacks
+    run = train(broken(stage, when), tmp_path / "run", steps=MAX_SKIPPED_STEPS + 2)
     assert "Training broke down at step 20: going back to step 0, with half the learning rate." in capsys.readouterr().out
-    first, again = ([rows for step, rescues, rows in seen if step == 1 and rescues == n][0] for n in (0, 1))
+    first, again = ([rows for step, rollbacks, rows in seen if step == 1 and rollbacks == n][0] for n in (0, 1))
     assert first != again
-    assert run.finished["step"] == GIVE_UP_AFTER + 2 and load_checkpoint(run)["stage"]["rescues"] == 1
-    assert any("training broke down and went back" in words for words in diagnose(read_metrics(run)))
+    assert run.finished["step"] == MAX_SKIPPED_STEPS + 2 and load_checkpoint(run)["stage"]["rollbacks"] == 1
+    assert any("training broke down and was rolled back" in words for words in diagnose(read_metrics(run)))
 
 
-def test_resume_after_a_rescue_is_exact(prepared, home, tmp_path, capsys):
-    "The order after a rescue goes by the checkpoint's count of rescues."
+def test_resume_after_a_rollback_is_exact(prepared, home, tmp_path, capsys):
+    "The order after a rollback goes by the checkpoint's count of rollbacks."
     def make(stop_at=None):
-        stage = broken(autoencoder_stage(prepared, home), lambda step, rows: step >= 2 and not stage.rescues)
+        stage = broken(autoencoder_stage(prepared, home), lambda step, rows: step >= 2 and not stage.rollbacks)
         train_step = stage.train_step
         def stopped(step, progress):
-            if step == stop_at and stage.rescues: signal.raise_signal(signal.SIGINT)
+            if step == stop_at and stage.rollbacks: signal.raise_signal(signal.SIGINT)
             return train_step(step, progress)
         stage.train_step = stopped
         return stage
@@ -101,7 +101,7 @@ def test_resume_after_a_rescue_is_exact(prepared, home, tmp_path, capsys):
         train(make(stop_at=11), tmp_path / "parts")
     parts = train(make(), tmp_path / "parts")
     whole, parts = (load_checkpoint(run)["stage"] for run in (whole, parts))
-    assert whole["rescues"] == parts["rescues"] == 1
+    assert whole["rollbacks"] == parts["rollbacks"] == 1
     assert all(torch.equal(value, parts["model"][name]) for name, value in whole["model"].items())
 
 
@@ -132,13 +132,13 @@ def test_a_rate_beyond_all_reason_ends_in_a_sentence_and_the_checkpoints_stay_so
 def test_a_scaler_at_its_floor_is_named_and_training_goes_on(prepared, home, tmp_path):
     stage = broken(autoencoder_stage(prepared, home), lambda step, rows: step % 2)           # overflows at every other step
     run = train(stage, tmp_path / "run")
-    assert stage.scaler.get_scale() == SCALE_FLOOR and stage.rescues == 0 and sound(run)
+    assert stage.scaler.get_scale() == SCALE_FLOOR and stage.rollbacks == 0 and sound(run)
     assert any("has fallen to its floor (1)" in words for words in diagnose(read_metrics(run)))
 
 
 def test_a_discriminator_that_wins_outright_is_named_and_training_goes_on(prepared, home, tmp_path):
     stage = autoencoder_stage(prepared, home)                   # an autoencoder that hardly learns, and a discriminator that does
-    stage.recipe = replace(AUTOENCODER, lr=1e-6, disc=replace(AUTOENCODER.disc, start=0.0, alone=0.0, ramp=0.0, lr_ratio=5e3))
+    stage.recipe = replace(AUTOENCODER, lr=1e-6, disc=replace(AUTOENCODER.disc, start=0.0, warmup=0.0, ramp=0.0, lr_ratio=5e3))
     run = train(stage, tmp_path / "run", steps=80)
     assert any("the discriminator wins outright" in words for words in diagnose(read_metrics(run)))
     assert sound(run) and run.finished["step"] == 80
@@ -148,7 +148,7 @@ def test_twenty_broken_steps_are_more_than_a_scaler_needs():
     scaler = torch.amp.GradScaler("cpu")                                                       # fp16's, at its first scale
     halvings = 0
     while scaler.get_scale() / 2**halvings > SCALE_FLOOR: halvings += 1
-    assert halvings < GIVE_UP_AFTER
+    assert halvings < MAX_SKIPPED_STEPS
 
 
 def test_batches_of_different_seeds_differ():

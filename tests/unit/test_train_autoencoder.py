@@ -7,7 +7,7 @@ import torch
 from image_diffusion.runs import Run, load_checkpoint, read_metrics
 from image_diffusion.train_autoencoder import PRESETS, AutoencoderStage
 from image_diffusion.diagnostics import diagnose
-from image_diffusion.training import GIVE_UP_AFTER, Budget, Precision, fit
+from image_diffusion.training import MAX_SKIPPED_STEPS, Budget, Precision, fit
 
 TINY = PRESETS["tiny-kl"]
 SMALL = replace(TINY, model=replace(TINY.model, ch=16, codebook_size=32), batch_size=4, disc=replace(TINY.disc, ch=16))
@@ -30,11 +30,11 @@ def moved(module, action):
 
 
 def only(stage, monkeypatch, **losses):
-    "Let only some judges speak: their wishes are kept, the others' become zero."
+    "Let only some judges speak: their grads are kept, the others' become zero."
     ask = stage.loss_gradients
     def asked(*args):
-        wishes, numbers = ask(*args)
-        return {name: wish * losses.get(name, 0.0) for name, wish in wishes.items()}, numbers
+        grads, numbers = ask(*args)
+        return {name: grad * losses.get(name, 0.0) for name, grad in grads.items()}, numbers
     monkeypatch.setattr(stage, "loss_gradients", asked)
 
 
@@ -109,9 +109,9 @@ def test_the_perceptual_loss_is_heard_from_its_moment_on(prepared, start):
 
 
 def nan_batches(stage, first):
-    "Let a stage see broken images from a step on, unless it was rescued."
+    "Let a stage see broken images from a step on, unless it was rolled back."
     batch = stage.batch
-    stage.batch = lambda step: batch(step) * (torch.nan if step >= first and not stage.rescues else 1.0)
+    stage.batch = lambda step: batch(step) * (torch.nan if step >= first and not stage.rollbacks else 1.0)
     return stage
 
 
@@ -128,7 +128,7 @@ def test_a_broken_batch_changes_nothing(prepared, bottleneck, dtype):
     for name in keep:
         changed = [key for key, value in getattr(stage, name).state_dict().items() if not torch.equal(value, before[name][key])]
         assert not changed, (name, changed)
-    stage.rescues = 1
+    stage.rollbacks = 1
     assert all(torch.as_tensor(value).isfinite().all() for value in stage.train_step(4, 0.9).values())
 
 
@@ -138,15 +138,15 @@ def test_after_twenty_broken_steps_training_goes_back_to_the_checkpoint(prepared
     fit(stage, run, Budget(steps=20), save_every_minutes=0.0)
     (run.folder / "finished.json").unlink()
     fit(stage, run, Budget(steps=60), save_every_minutes=1000.0)
-    assert f"broke down at step {30 + GIVE_UP_AFTER}: going back to step 20" in capsys.readouterr().out
-    assert stage.rescues == 1 and load_checkpoint(run)["step"] == 60 and load_checkpoint(run)["stage"]["rescues"] == 1
+    assert f"broke down at step {30 + MAX_SKIPPED_STEPS}: going back to step 20" in capsys.readouterr().out
+    assert stage.rollbacks == 1 and load_checkpoint(run)["step"] == 60 and load_checkpoint(run)["stage"]["rollbacks"] == 1
     assert [r["step"] for r in read_metrics(run) if "grad_norm" in r][-1] == 60
 
 
 def test_broken_from_the_start_it_goes_back_to_the_very_beginning(prepared, tmp_path, capsys):
     stage = nan_batches(AutoencoderStage(prepared, SMALL), 0)
     fit(stage, Run.open(tmp_path / "run", {}), Budget(steps=30))
-    assert "going back to step 0" in capsys.readouterr().out and stage.rescues == 1
+    assert "going back to step 0" in capsys.readouterr().out and stage.rollbacks == 1
 
 
 @pytest.mark.parametrize("change", [dict(loss="bce"), dict(loss="ls"), dict(norm="spectral"), dict(lecam_weight=1.0), dict(r1_weight=1.0),
@@ -166,8 +166,8 @@ def test_the_discriminator_starts_by_share_or_by_step_and_trains_alone_first(pre
         numbers = [stage.train_step(step, progress) for step, progress in moments]
         return ["g_loss" in n for n in numbers], ["d_loss" in n for n in numbers]
     shares = [(0, 0.5), (1, 0.72), (2, 0.9)]
-    assert heard(dict(start=0.75, alone=0.05, ramp=0.0), shares) == ([False, False, True], [False, True, True])
-    assert heard(dict(start=2, alone=1, ramp=0), shares) == ([False, False, True], [False, True, True])
+    assert heard(dict(start=0.75, warmup=0.05, ramp=0.0), shares) == ([False, False, True], [False, True, True])
+    assert heard(dict(start=2, warmup=1, ramp=0), shares) == ([False, False, True], [False, True, True])
     assert heard(dict(weight=0.0), shares) == ([False] * 3, [False] * 3)
 
 
@@ -188,11 +188,11 @@ def test_the_codebook_is_counted_over_an_epoch(prepared, bottleneck):
 
 
 def test_the_doctors_numbers_reach_the_log_and_the_diagnosis(prepared, tmp_path):
-    recipe = replace(SMALL, grad_clip=1e-3, model=replace(SMALL.model, bottleneck="vq"), disc=replace(SMALL.disc, start=0.1, alone=0.1))
+    recipe = replace(SMALL, grad_clip=1e-3, model=replace(SMALL.model, bottleneck="vq"), disc=replace(SMALL.disc, start=0.1, warmup=0.1))
     run = Run.open(tmp_path / "run", {})
     fit(AutoencoderStage(prepared, recipe), run, Budget(steps=50))
     records = read_metrics(run)
-    wanted = {"pull_rec_loss", "pull_mse_loss", "pull_g_loss", "grad_norm", "applied_norm", "clipped", "skipped", "saturated", "d_accuracy",
+    wanted = {"grad_norm_rec_loss", "grad_norm_mse_loss", "grad_norm_g_loss", "grad_norm", "applied_norm", "clipped", "skipped", "saturated", "d_accuracy",
               "logit_margin", "gan_weight", "max_activation", "dead_codes", "perplexity", "codes_used"}
     assert wanted <= set().union(*records)
     assert any("clipping acts on 100% of steps" in words and "raise grad_clip above" in words for words in diagnose(records))
