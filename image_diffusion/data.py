@@ -39,8 +39,8 @@ from tqdm.auto import tqdm
 from .download import SYNTHETIC, archive_kind, drive_id, fetch, local_name, resolver
 from .files import UserError, check_disk, file_sha256, lock, sha256_of
 from .landscapes import CLASSES, synthetic_landscapes
-from .photos import (MAX_FILE_BYTES, MIN_SIDE, Photo, content_of, label_photos,
-                                    label_settings, members_of, open_source, open_tar, try_photo)
+from .photos import (MAX_FILE_BYTES, MIN_SIDE, Photo, read_member, label_photos,
+                                    label_settings, tar_members, open_source, open_tar, try_photo)
 
 # %% ../nbs/13_data.ipynb #0ae08b46
 JOB_PHOTOS, JOB_BYTES = 16, 4 * 2**20  # a job ends when it has so many photos, or so many bytes of files
@@ -79,7 +79,7 @@ def plan_photos(
         for chunk in in_chunks((photo, open_file, label) for (photo, open_file), label in zip(opening, numbers[chosen[start:]].tolist())):
             yield lambda chunk=chunk: [(photo.name, label, *try_photo(open_file, settings["size"])) for photo, open_file, label in chunk]
 
-    digest = hashlib.sha256("\n".join(f"{photo.name}\t{photo.bytes}\t{photo.mark}" for photo in photos).encode()).hexdigest()
+    digest = hashlib.sha256("\n".join(f"{photo.name}\t{photo.bytes}\t{photo.crc}" for photo in photos).encode()).hexdigest()
     return Plan(settings | {"source_id": digest[:16]}, classes, len(chosen), skipped, jobs)
 
 
@@ -607,7 +607,7 @@ def anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
 # %% ../nbs/13_data.ipynb #3609fa27
 def set_members(archive: tarfile.TarFile) -> dict:
     "The files of a set in an open tar by their names; TarError if one is missing, or is no file of its own."
-    members = {member.name: member for member in members_of(archive) if member.isreg() and member.name in SET_FILES}
+    members = {member.name: member for member in tar_members(archive) if member.isreg() and member.name in SET_FILES}
     if missing := [name for name in SET_FILES if name not in members]:
         raise tarfile.ReadError(f"it holds no {missing[0]}")
     return members
@@ -617,7 +617,7 @@ def packed_manifest(file: Path) -> dict:
     "What a packed set says of itself."
     try:
         with open_tar(file) as archive:
-            return read_manifest(content_of(archive, set_members(archive)["manifest.json"]))
+            return read_manifest(read_member(archive, set_members(archive)["manifest.json"]))
     except (OSError, UserError) as error:
         reason = getattr(error, "strerror", None) or str(error.__cause__ or error).partition("\n")[0].rstrip(":.")
         raise UserError(f"'{file}' is no packed set of photos that can be read ({reason}); choose another name.") from error
@@ -658,7 +658,7 @@ def unpack(
                 raise UserError(f"the images in '{file}' are not as many as its manifest says; delete it and prepare again.")
             compare_sha256(archive.extractfile(members["images.npy"]), manifest, file, images)
             for name in ("labels.npy", "manifest.json"):
-                (part / name).write_bytes(content_of(archive, members[name]))
+                (part / name).write_bytes(read_member(archive, members[name]))
         load_prepared(part)
         move_into_place(part, out)
     except OSError as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .plots import Picture, plot_runs, write_figure
+from .plots import Figure, plot_runs, save_figure
 from .runs import name_runs, records_of
 
 # %% ../nbs/43_diagnostics.ipynb #93d5b6a9
@@ -117,7 +117,7 @@ DIAGNOSTIC_PANELS = {   # title -> numbers of metrics.jsonl
 def plot_diagnostics(
     runs: dict,         # name -> records from `read_metrics`
     only: tuple = None,  # titles of the panels to show; None: all that any run has numbers for
-) -> Picture:
+) -> Figure:
     "What the doctor looks at: one row per run, the same scale in a column."
     return plot_runs(runs, {title: keys for title, keys in DIAGNOSTIC_PANELS.items() if only is None or title in only}, smooth=0.6)
 
@@ -136,5 +136,5 @@ def diagnose_runs(
     "Examine runs: what is odd about each in words, and a figure with one row per run."
     runs = name_runs(folders)
     records = records_of(runs)
-    out = write_figure(plot_diagnostics(records), out or next(iter(runs.values())).folder / "doctor.png")
+    out = save_figure(plot_diagnostics(records), out or next(iter(runs.values())).folder / "doctor.png")
     return {f"{name} ({runs[name].folder})": findings(of_run) for name, of_run in records.items()}, out

@@ -25,7 +25,7 @@ from .fid import (BASELINE_ORIGINALS, ENOUGH, at_infinity, bias_curve, check_eno
 from .files import UserError, file_sha256, read_json, write_atomic, write_json
 from .generate import LatentDiffusion, generate, labels_of, load_prior
 from .perceptual import VGG16, available_perceptual, psnr, ssim
-from .plots import Picture, figure_png, show_images
+from .plots import Figure, figure_png, show_images
 from .runs import Run, kind_of_run, load_snapshot, newest_snapshot
 from .train_autoencoder import load_autoencoder
 from .training import Precision
@@ -153,7 +153,7 @@ def show_nearest(
     images,                # uint8 (N,H,W,3): samples
     data: ImageDataset,
     count: int = 3,        # photos shown for each
-) -> Picture:
+) -> Figure:
     "Samples beside the train photos that are nearest to them in feature space: are they new pictures, or copies?"
     features = available_features()[0].to(Precision.pick().device)
     look = lambda pictures: collect_features(pictures, features).float()
@@ -329,7 +329,7 @@ def show_range(
     images: np.ndarray,  # uint8 (N,H,W,3), reconstructions
     data: ImageDataset,
     rows,                # of their originals
-) -> Picture:
+) -> Figure:
     "Eight photos above their reconstructions, from the worst to the best PSNR of the set."
     x, x_rec = from_bytes(data.images[np.asarray(rows)]), from_bytes(images)
     values = psnr(x, x_rec)
@@ -340,9 +340,9 @@ def show_range(
 
 def plot_evaluation(
     records: list,  # from `evaluate_prior` with curves
-) -> Picture:
+) -> Figure:
     "The distance over the number of pictures, with lines to infinitely many where there are enough; and shares of neighbors; samples beside real photos."
-    fig = Picture(figsize=(10, 4), dpi=100, layout="constrained")
+    fig = Figure(figsize=(10, 4), dpi=100, layout="constrained")
     left, right = fig.subplots(1, 2)
     best = next(record for record in records if "curve" in record)
     for name, prefix in (("samples", ""), ("real train photos: the floor", "floor_")):

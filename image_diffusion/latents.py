@@ -20,7 +20,7 @@ from .autoencoder import Autoencoder
 from .data import ImageDataset, load_batch, open_array
 from .drive import scratch_folder
 from .files import UserError, file_sha256, read_json, summarize_error, write_json
-from .plots import Picture, show_images
+from .plots import Figure, show_images
 from .runs import newest_snapshot
 
 # %% ../nbs/60_latents.ipynb #098d41fe
@@ -250,7 +250,7 @@ def show_latents(
     sigmas: tuple = (0.0, 0.2, 0.5, 1.0),  # noise levels, in standard deviations of each channel
     seed: int = 0,           # of the noise
     channels: int = 3,       # at most so many channels are shown
-) -> Picture:
+) -> Figure:
     "Show what latents look like, and what is left of the photo when they are noised and decoded."
     channels = min(channels, *(autoencoder.bottleneck.z_channels for autoencoder in autoencoders.values()))
     strips = [latent_strip(autoencoder, x, sigmas, seed, channels) for autoencoder in autoencoders.values()]

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MIN_SIDE', 'MAX_FILE_BYTES', 'MAX_PIXELS', 'ONE_LARGE', 'LARGE_PIXELS', 'FORMATS', 'TURNS', 'PHOTO_SUFFIXES',
-           'PACKINGS', 'turn_upright', 'to_rgb', 'square', 'photo_array', 'shorter_side', 'try_photo', 'Photo',
-           'clean_name', 'printable', 'may_be_photo', 'FolderSource', 'not_whole', 'ZipSource', 'InPieces', 'open_tar',
-           'members_of', 'content_of', 'TarSource', 'open_source', 'folder_labels', 'csv_labels', 'label_photos',
-           'label_settings', 'same_text', 'endings', 'number_classes']
+           'DECOMPRESSORS', 'turn_upright', 'to_rgb', 'square', 'photo_array', 'shorter_side', 'try_photo', 'Photo',
+           'clean_name', 'printable', 'is_photo_name', 'FolderSource', 'archive_error', 'ZipSource', 'BoundedReader',
+           'open_tar', 'tar_members', 'read_member', 'TarSource', 'open_source', 'folder_labels', 'csv_labels',
+           'label_photos', 'label_settings', 'normalize_text', 'path_suffixes', 'encode_labels']
 
 # %% ../nbs/12_photos.ipynb #d05ce3c5
 import bz2
@@ -153,8 +153,8 @@ class Photo:
     "One file of a source that may be a photo."
     name: str           # path inside the source, with forward slashes, without `..`
     bytes: int          # unpacked size
-    place: object       # how the source finds it again
-    mark: int = 0       # changes with the contents, where the source knows it
+    handle: object      # how the source finds it again
+    crc: int = 0        # changes with the contents, where the source knows it
     reason: str = None  # why it cannot be used, where that is plain without a look into it
 
     @property
@@ -175,7 +175,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def may_be_photo(name: str) -> bool:
+def is_photo_name(name: str) -> bool:
     "Whether a file is neither hidden, nor Apple's shadow of another, nor named like something else than a picture."
     hidden = any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
     return not hidden and os.path.splitext(name)[1].lower() in PHOTO_SUFFIXES
@@ -190,7 +190,7 @@ class FolderSource:
             self.photos = [self.photo(path) for path in self.walk()]
         except OSError as error:
             raise UserError(f"'{error.filename}' cannot be read ({error.strerror}); see that the place is there and open to you.") from error
-        self.photos = sorted((photo for photo in self.photos if may_be_photo(photo.name)), key=lambda photo: (photo.name, photo.place))
+        self.photos = sorted((photo for photo in self.photos if is_photo_name(photo.name)), key=lambda photo: (photo.name, photo.handle))
 
     def walk(self):
         "Every file below the folder, each real folder once: a link may lead back to where we were."
@@ -211,13 +211,13 @@ class FolderSource:
 
     def open_each(self, photos):
         for photo in photos:
-            yield photo, partial(open, self.folder / photo.place, "rb")
+            yield photo, partial(open, self.folder / photo.handle, "rb")
 
     def close(self):
         pass
 
 
-def not_whole(file: Path, kind: str, error: Exception) -> UserError:
+def archive_error(file: Path, kind: str, error: Exception) -> UserError:
     "What to say of an archive that cannot be opened: the disk's fault, or its own."
     if getattr(error, "errno", None):
         return UserError(f"'{file}' cannot be read ({error.strerror}); check its permissions and its disk.")
@@ -232,16 +232,16 @@ class ZipSource:
         try:
             self.archive = zipfile.ZipFile(file)
         except Exception as error:                                                   # damaged ones fail in many ways: each is reported
-            raise not_whole(file, "zip", error) from error
+            raise archive_error(file, "zip", error) from error
         self.photos = [self.photo(member) for member in self.archive.infolist() if not member.is_dir()]
-        self.photos = sorted((p for p in self.photos if may_be_photo(p.name)), key=lambda p: (p.name, p.place.header_offset))
+        self.photos = sorted((p for p in self.photos if is_photo_name(p.name)), key=lambda p: (p.name, p.handle.header_offset))
 
     def photo(self, member: zipfile.ZipInfo) -> Photo:
         return Photo(clean_name(member.filename), member.file_size, member, member.CRC, "needs a password" if member.flag_bits & 1 else None)
 
     def open_each(self, photos):
         for photo in photos:
-            yield photo, partial(self.read, photo.place)
+            yield photo, partial(self.read, photo.handle)
 
     def read(self, member: zipfile.ZipInfo) -> io.BytesIO:
         with self.archive.open(member) as file:
@@ -251,10 +251,10 @@ class ZipSource:
         self.archive.close()
 
 
-PACKINGS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+DECOMPRESSORS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 
 
-class InPieces:
+class BoundedReader:
     "A file for `tarfile`, which reads as much at once as any header claims: here no more than `most` bytes."
     most = 2**22
 
@@ -273,18 +273,18 @@ def open_tar(file: Path):
     try:
         with open(file, "rb") as start:
             head = start.read(6)
-        opened = next((opener for magic, opener in PACKINGS.items() if head.startswith(magic)), open)
-        with opened(file, "rb") as stream, tarfile.open(fileobj=InPieces(stream), mode="r:") as archive:
+        opened = next((opener for magic, opener in DECOMPRESSORS.items() if head.startswith(magic)), open)
+        with opened(file, "rb") as stream, tarfile.open(fileobj=BoundedReader(stream), mode="r:") as archive:
             yield archive
     except UserError:
         raise
     except Exception as error:                                                       # damaged ones fail in many ways: each is reported
         if isinstance(error, OSError) and error.errno:
             raise
-        raise not_whole(file, "tar", error) from error
+        raise archive_error(file, "tar", error) from error
 
 # %% ../nbs/12_photos.ipynb #1ca7f906
-def members_of(archive: tarfile.TarFile):
+def tar_members(archive: tarfile.TarFile):
     "The members of an open tar, from front to back; one of negative size would lead back, round and round."
     for member in archive:
         if member.size < 0:
@@ -293,12 +293,12 @@ def members_of(archive: tarfile.TarFile):
         archive.members = []                                                         # tarfile would keep them all
 
 
-def content_of(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+def read_member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     "A whole file of an open tar; TarError for one that is too large for the memory."
     if member.size > MAX_FILE_BYTES:
         raise tarfile.ReadError(f"'{member.name}' in it has {member.size:,} bytes")
     file = archive.extractfile(member)
-    return b"".join(iter(lambda: file.read(InPieces.most), b""))
+    return b"".join(iter(lambda: file.read(BoundedReader.most), b""))
 
 
 class TarSource:
@@ -308,26 +308,26 @@ class TarSource:
         self.file = file
         self.photos = [Photo(clean_name(m.name), m.size, place, m.chksum, None if m.isreg() else "a link or a device, no file of its own")
                        for place, (_, m) in enumerate(self.members()) if not m.isdir()]
-        self.photos = [photo for photo in self.photos if may_be_photo(photo.name)]
+        self.photos = [photo for photo in self.photos if is_photo_name(photo.name)]
 
     def members(self):
         "All members of the archive, each with the open archive; UserError if it does not reach its end."
         try:
             with open_tar(self.file) as archive:
-                for member in members_of(archive):
+                for member in tar_members(archive):
                     yield archive, member
                 archive.fileobj.seek(archive.offset)                                 # it also stops at the first damaged header
                 end = archive.fileobj.read(512)
                 if len(end) < 512 or any(end):                                       # a whole tar ends in zeros
                     raise tarfile.ReadError("it breaks off or is damaged in the middle")
         except OSError as error:
-            raise not_whole(self.file, "tar", error) from error
+            raise archive_error(self.file, "tar", error) from error
 
     def open_each(self, photos):
-        wanted = {photo.place: photo for photo in photos}
+        wanted = {photo.handle: photo for photo in photos}
         for place, (archive, member) in enumerate(self.members()):
             if place in wanted:
-                yield wanted[place], partial(io.BytesIO, content_of(archive, member))
+                yield wanted[place], partial(io.BytesIO, read_member(archive, member))
 
     def close(self):
         pass
@@ -348,7 +348,7 @@ def folder_labels(
 ) -> tuple:        # class names (sorted), labels int16 (N,), -1: none
     "The folder that holds a photo names its class; one folder alone tells nothing."
     names = sorted({photo.folder for photo in photos} - {""})
-    return number_classes(names if len(names) > 1 else [], [photo.folder for photo in photos])
+    return encode_labels(names if len(names) > 1 else [], [photo.folder for photo in photos])
 
 
 def csv_labels(
@@ -358,13 +358,13 @@ def csv_labels(
     "A table names the classes; UserError if it cannot be read or knows none of the photos."
     try:
         with open(file, newline="", encoding="utf-8-sig") as lines:
-            table = {same_text(clean_name(row[0].strip())): printable(row[1].strip()) for row in csv.reader(lines, strict=True) if len(row) > 1}
+            table = {normalize_text(clean_name(row[0].strip())): printable(row[1].strip()) for row in csv.reader(lines, strict=True) if len(row) > 1}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"labels: '{file}' cannot be read ({error}); give a CSV file with lines such as 'beach.jpg,sea'.") from error
-    found = [next((table[end] for end in endings(same_text(photo.name)) if end in table), "") for photo in photos]
+    found = [next((table[end] for end in path_suffixes(normalize_text(photo.name)) if end in table), "") for photo in photos]
     if not any(found):
         raise UserError(f"labels: '{file}' names none of the {len(photos):,} photos, such as '{photos[0].name}'; its lines must be 'name,class'.")
-    return number_classes(sorted(set(found) - {""}), found)
+    return encode_labels(sorted(set(found) - {""}), found)
 
 
 def label_photos(
@@ -373,7 +373,7 @@ def label_photos(
 ) -> tuple:        # class names, labels int16 (N,), -1: none
     "Labels from where the user says."
     if labels == "none":
-        return number_classes([], [""] * len(photos))
+        return encode_labels([], [""] * len(photos))
     return folder_labels(photos) if labels == "folders" else csv_labels(labels, photos)
 
 
@@ -382,18 +382,18 @@ def label_settings(labels: str) -> str:
     return labels if labels in ("folders", "none") else f"{Path(labels).name} {file_sha256(labels)[:16]}"
 
 
-def same_text(name: str) -> str:
+def normalize_text(name: str) -> str:
     "One spelling of what looks the same: macOS stores an accent beside its letter, tables have them in one."
     return unicodedata.normalize("NFC", name)
 
 
-def endings(name: str):
+def path_suffixes(name: str):
     "`a/b/c.jpg`, `b/c.jpg`, `c.jpg`: the longest first."
     parts = name.split("/")
     return ("/".join(parts[k:]) for k in range(len(parts)))
 
 
-def number_classes(names: list, found: list) -> tuple:
+def encode_labels(names: list, found: list) -> tuple:
     "Class names and the number of each photo's class."
     if len(names) > np.iinfo(np.int16).max:
         raise UserError(f"{len(names):,} classes are too many; use labels 'none'.")

@@ -32,8 +32,8 @@ from .generate import (LatentDiffusion, class_grid, class_labels, decode, genera
 from .landscapes import synthetic_landscapes
 from .latents import show_latents
 from .perceptual import psnr
-from .plots import (Picture, figure_png, image_grid, plot_metrics, show_images, show_rows,
-                                   write_figure)
+from .plots import (Figure, figure_png, image_grid, plot_metrics, show_images, show_rows,
+                                   save_figure)
 from .runs import Run, name_runs, read_metrics, records_of
 from .sampling import SAMPLERS, num_evaluations
 from .train_autoencoder import (PRESETS as AUTOENCODERS, TRENDS, load_autoencoder,
@@ -86,7 +86,7 @@ def write_report(
 def show_reconstructions(
     autoencoders: dict,  # name -> Autoencoder in eval mode, all on one device
     x: torch.Tensor,     # (B,3,H,W) photos on that device
-) -> Picture:
+) -> Figure:
     "Photos above their reconstructions, each row with its mean PSNR."
     rows = {"original": x}
     for name, autoencoder in autoencoders.items():
@@ -149,9 +149,9 @@ def draw_codebook(
 def show_codebook(
     autoencoders: dict,  # name -> Autoencoder with a codebook, in eval mode
     images,              # uint8 (N,H,W,3) whose codes are counted
-) -> Picture:
+) -> Figure:
     "What codes look like, and how often pictures use them: one row per autoencoder."
-    fig = Picture(figsize=(10, 4.4 * len(autoencoders)), dpi=100, layout="constrained")
+    fig = Figure(figsize=(10, 4.4 * len(autoencoders)), dpi=100, layout="constrained")
     for axes, (name, autoencoder) in zip(fig.subplots(len(autoencoders), 2, squeeze=False), autoencoders.items()):
         draw_codebook(axes, name, autoencoder, count_codes(autoencoder, images))
     return fig
@@ -302,7 +302,7 @@ def show_denoising(
     prior: LatentDiffusion,
     seed: int = 0,
     moments: int = 8,
-) -> Picture:
+) -> Figure:
     "One picture of each class (at most four) on its way from noise: what the network takes it for, and at last the picture."
     names = prior.classes[:4] or [None] * 4
     with prior.precision.autocast():
@@ -314,7 +314,7 @@ def show_denoising(
 def show_classes(
     prior: LatentDiffusion,
     seed: int = 0,
-) -> Picture:
+) -> Figure:
     "Eight samples of each class."
     pictures, rows = class_grid(prior, 8, seed)
     return show_images(pictures, nrow=8, row_labels=rows or None)
@@ -323,7 +323,7 @@ def show_classes(
 def show_panorama(
     prior: LatentDiffusion,
     seed: int = 0,
-) -> Picture:
+) -> Figure:
     "A panorama of each class (at most four), eight times as wide as high."
     names = prior.classes[:4] or [None]
     x = torch.cat([panorama(prior, class_labels(prior, [name], 1).item(), 8 * prior.size, seed) for name in names])
@@ -362,9 +362,9 @@ def sampler_distances(
 
 def plot_samplers(
     records: list,  # from `sampler_distances`
-) -> Picture:
+) -> Figure:
     "Distance against network evaluations, a line per sampler; the longest walk is a dashed line."
-    fig = Picture(figsize=(6, 4), dpi=100, layout="constrained")
+    fig = Figure(figsize=(6, 4), dpi=100, layout="constrained")
     ax, longest = fig.subplots(), max(records, key=lambda record: record["evaluations"])
     for i, name in enumerate(dict.fromkeys(record["sampler"] for record in records)):
         points = [(r["evaluations"], r["distance"]) for r in records if r["sampler"] == name and r is not longest]
@@ -414,7 +414,7 @@ def make_figure(
         if len(priors) < len(runs) or (name != "trends_stage2" and len(runs) > 1):
             raise UserError(f"The figure {name} is one of {'priors' if name == 'trends_stage2' else 'a prior'}: give the run that train-diffusion wrote, and no other.")
         picture = prior_figure(name, runs, data, seed)
-    return write_figure(picture, out or next(iter(runs.values())).folder / f"{name}.png")
+    return save_figure(picture, out or next(iter(runs.values())).folder / f"{name}.png")
 
 
 def prior_figure(
@@ -422,7 +422,7 @@ def prior_figure(
     runs: dict,  # name -> Run of a prior
     data: Path,  # a prepared set, for the figure `samplers`
     seed: int,
-) -> Picture:
+) -> Figure:
     "A figure of stage 2."
     if name == "trends_stage2":
         return plot_prior_trends(records_of(runs))

@@ -29,7 +29,7 @@ from .drive import open_run
 from .ema import make_ema
 from .files import UserError, lookup
 from .perceptual import LPIPS, available_perceptual, psnr, ssim
-from .plots import Picture, plot_runs, save_png
+from .plots import Figure, plot_runs, save_png
 from .runs import finished_numbers, load_network, load_snapshot
 from .training import Budget, Precision, Stage, fit, optimizer_step, session_end
 
@@ -314,7 +314,7 @@ class AutoencoderStage(Stage):
         x, x_rec, _ = self.reconstruct(self.data.dev[:8])
         save_png(torch.cat([x, x_rec]), path, nrow=len(x), scale=max(1, 96 // self.recipe.size))
 
-    def curves(self, records: list) -> Picture:
+    def curves(self, records: list) -> Figure:
         "How the training goes, for a glance while it does."
         return plot_trends({self.recipe.model.bottleneck.upper(): records})
 
@@ -346,7 +346,7 @@ TRENDS = {   # title -> numbers of metrics.jsonl
 
 def plot_trends(
     runs: dict,  # name -> records from `read_metrics`
-) -> Picture:
+) -> Figure:
     "How losses, gradient norms, discriminator and bottleneck went, one row per run."
     return plot_runs(runs, TRENDS, smooth=0.6)
 

@@ -27,7 +27,7 @@ from .fid import collect_samples, frechet_distance, kid, photo_stats
 from .files import UserError, lookup
 from .guidance import guided
 from .latents import LatentDataset, autoencoder_sha256, cache_latents, latents_folder
-from .plots import Picture, plot_runs, save_png
+from .plots import Figure, plot_runs, save_png
 from .runs import Run, finished_numbers
 from .sampling import SAMPLERS, SamplingError, sample_noise, sigma_schedule, step_noise
 from .train_autoencoder import load_autoencoder
@@ -246,7 +246,7 @@ class DiffusionStage(Stage):
         save_png(x, path, nrow=4, scale=max(1, 64 // x.shape[-1]))
         save_png(x_some, path.with_name(f"denoising_{path.name}"), nrow=strips.shape[1], scale=max(1, 64 // x.shape[-1]))
 
-    def curves(self, records: list) -> Picture:
+    def curves(self, records: list) -> Figure:
         "How the training goes, for a glance while it does."
         return plot_trends({"prior": records})
 
@@ -277,7 +277,7 @@ TRENDS = {   # title -> numbers of metrics.jsonl
 
 def plot_trends(
     runs: dict,  # name -> records from `read_metrics`
-) -> Picture:
+) -> Figure:
     "How losses, gradient norm and learning rate went, one row per run."
     return plot_runs(runs, TRENDS, smooth=0.6)
 

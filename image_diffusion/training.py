@@ -29,7 +29,7 @@ from .diagnostics import CHECK_EVERY
 from .drive import local_copy
 from .ema import save_ema_snapshot
 from .files import UserError, summarize_error
-from .plots import LivePicture, Picture, plot_runs
+from .plots import LiveDisplay, Figure, plot_runs
 from .runs import (Run, append_metrics, finished_numbers, is_record, load_checkpoint,
                                   read_metrics, save_checkpoint, save_snapshot, truncate_after)
 
@@ -202,7 +202,7 @@ class Stage:
         "The learning rate of a step by the recipe, halved by each rollback."
         return learning_rate(step, progress, self.recipe.lr, self.recipe.warmup_steps, self.recipe.final_lr) * 0.5 ** self.rollbacks
 
-    def curves(self, records: list) -> Picture:
+    def curves(self, records: list) -> Figure:
         "How the training goes, for a glance while it does."
         return plot_runs({"": records}, {"loss": ["loss"], "gradient norm (before clipping)": ["grad_norm"]})
 
@@ -377,7 +377,7 @@ class Sitting:
         self.meter, self.saved_at, self.save_seconds = RunningMeans(), time.monotonic(), 0.0
         self.asked = lambda: False                             # whether somebody wants training to stop
         self.drawn, self.broken, self.evaluation = 0, 0, {}    # pictures so far; broken steps in a row; the last evaluation, with its step
-        self.live_curves, self.live_sample = LivePicture(), LivePicture(seconds=0)      # below the cell, in a notebook
+        self.live_curves, self.live_sample = LiveDisplay(), LiveDisplay(seconds=0)      # below the cell, in a notebook
 
     def begin(self) -> tuple:
         "Load the newest whole checkpoint and return (step, seconds); where there is none, save one of step 0."
