@@ -162,14 +162,14 @@ def training_options(command):
 @click.option("--preset", default="lhq128-kl", help="tiny, photos64, lhq128, lhq128-fast, lhq128-f8 or original, each with -kl or -vq.")
 @training_options
 def train_autoencoder(data, folder, preset, hours, time_limit, steps, seed):
-    "Stage 1: train an autoencoder on prepared data. The doctor has the last word."
+    "Stage 1: train an autoencoder on prepared data. Ends with a diagnosis of the run."
     from image_diffusion.data import load_prepared
-    from image_diffusion.diagnostics import findings
+    from image_diffusion.diagnostics import NO_PROBLEMS, diagnose
     from image_diffusion.runs import Run, read_metrics
     from image_diffusion.train_autoencoder import train_autoencoder as train
     result = train(load_prepared(data), folder, preset, minutes(hours), steps, seed, time_limit=minutes(time_limit))
     click.echo(f"Trained {result['step']} steps: dev PSNR {result['dev_psnr']:.2f} dB. Run: {folder}")
-    for sentence in findings(read_metrics(Run.load(folder))):
+    for sentence in diagnose(read_metrics(Run.load(folder))) or [NO_PROBLEMS]:
         click.echo(sentence)
 
 
@@ -359,7 +359,7 @@ RUNS = click.option("--run", "folders", required=True, multiple=True, type=click
 # %% ../nbs/90_cli.ipynb #3fc78a95
 @main.command()
 @RUNS
-@click.option("--out", type=click.Path(path_type=Path), help="PNG to write.  [default: doctor.png in the first run's folder]")
+@click.option("--out", type=click.Path(path_type=Path), help="PNG to write.  [default: diagnostics.png in the first run's folder]")
 def doctor(folders, out):
     "Say what is odd about runs, and draw why. A run of either stage will do, finished or not."
     from image_diffusion.diagnostics import diagnose_runs

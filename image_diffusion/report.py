@@ -23,7 +23,7 @@ import torch
 from .autoencoder import Autoencoder
 from .bottleneck import CodebookUsage, code_counts
 from .data import ImageDataset, from_bytes, load_batch, load_prepared, to_bytes
-from .diagnostics import DIAGNOSTIC_PANELS, findings
+from .diagnostics import DIAGNOSTIC_PANELS, NO_PROBLEMS, diagnose
 from .features import available_features, in_batches
 from .fid import collect_stats, frechet_distance
 from .files import UserError, lookup, write_atomic
@@ -191,10 +191,10 @@ def curve_section(
 def diagnostics_section(
     folder: Path,  # a run folder of an autoencoder
 ) -> Section:
-    "What the doctor looks at, and what it says."
+    "The problems found in a run, and the metrics behind them."
     run = Run.load(folder)
     records = read_metrics(run)
-    return Section(f"Health of {run.folder.name}", " ".join(findings(records)), (panels_png(records, DIAGNOSTIC_PANELS),))
+    return Section(f"Health of {run.folder.name}", " ".join(diagnose(records) or [NO_PROBLEMS]), (panels_png(records, DIAGNOSTIC_PANELS),))
 
 
 def reconstruction_section(

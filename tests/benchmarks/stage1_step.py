@@ -95,8 +95,8 @@ def overhead(folder):
                 sitting.meter.add(careful.train_step(25 * turn + i, LATE))
             sitting.log(Tick(25 * turn, LATE, 0.0, {}))
 
-        times = compare(f"25 steps of {name}, batch 8", {"with doctor, EMA and records": careful_steps, "bare": bare_steps}, turns=3)
-        print(f"  the care costs {times['with doctor, EMA and records'] / times['bare'] - 1:.1%}")
+        times = compare(f"25 steps of {name}, batch 8", {"with diagnostics, EMA and records": careful_steps, "bare": bare_steps}, turns=3)
+        print(f"  the care costs {times['with diagnostics, EMA and records'] / times['bare'] - 1:.1%}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Numbers that go wrong: the run goes on or stops in a sentence with its last good state, and the doctor says what it was."""
+"""Numbers that go wrong: the run goes on or stops in a sentence with its last good state, and `diagnose` names the problem."""
 import signal
 from dataclasses import replace
 
@@ -60,7 +60,7 @@ def test_one_nan_batch_is_skipped_and_named(stage, tmp_path):
     records = [record for record in read_metrics(run) if "skipped" in record]
     assert [record["step"] for record in records if record["skipped"]] == [STEPS - 3] and len(records) == STEPS and stage.rollbacks == 0
     assert sound(run) and run.finished["step"] == STEPS
-    assert any("the loss was not finite on" in words and "broken images" in words for words in diagnose(records))
+    assert any("The loss was not finite on" in words and "broken images" in words for words in diagnose(records))
 
 
 def test_broken_images_that_come_again_and_again_end_in_a_sentence(stage, tmp_path, capsys):
@@ -83,7 +83,7 @@ def test_a_rollback_takes_the_photos_in_another_order(stage, tmp_path, capsys):
     first, again = ([rows for step, rollbacks, rows in seen if step == 1 and rollbacks == n][0] for n in (0, 1))
     assert first != again
     assert run.finished["step"] == MAX_SKIPPED_STEPS + 2 and load_checkpoint(run)["stage"]["rollbacks"] == 1
-    assert any("training broke down and was rolled back" in words for words in diagnose(read_metrics(run)))
+    assert any("Training diverged and was rolled back" in words for words in diagnose(read_metrics(run)))
 
 
 def test_resume_after_a_rollback_is_exact(prepared, home, tmp_path, capsys):
@@ -115,7 +115,7 @@ def test_an_exploding_loss_is_named_and_the_best_checkpoint_kept(prepared, home,
         return numbers
     stage.train_step = explode
     run = train(stage, tmp_path / "run", save_every_minutes=0.0)
-    assert any("training has run away; lower lr, and use the best checkpoint" in words for words in diagnose(read_metrics(run)))
+    assert any("training has diverged: lower lr, and use the best checkpoint" in words for words in diagnose(read_metrics(run)))
     scores = {record["step"]: record["dev_psnr"] for record in read_metrics(run) if "dev_psnr" in record}
     kept = {int(path.stem[5:]) for path in (run.folder / "checkpoints").glob("*.pt")}
     assert max(scores, key=scores.get) in kept and scores[STEPS] < max(scores.values()) - 1
@@ -129,18 +129,18 @@ def test_a_rate_beyond_all_reason_ends_in_a_sentence_and_the_checkpoints_stay_so
     assert all(value.isfinite().all() for value in load_checkpoint(run)["stage"]["ema"].values())
 
 
-def test_a_scaler_at_its_floor_is_named_and_training_goes_on(prepared, home, tmp_path):
+def test_a_scaler_at_its_minimum_is_named_and_training_goes_on(prepared, home, tmp_path):
     stage = broken(autoencoder_stage(prepared, home), lambda step, rows: step % 2)           # overflows at every other step
     run = train(stage, tmp_path / "run")
     assert stage.scaler.get_scale() == SCALE_FLOOR and stage.rollbacks == 0 and sound(run)
-    assert any("has fallen to its floor (1)" in words for words in diagnose(read_metrics(run)))
+    assert any("The fp16 loss scale is at its minimum (1)" in words for words in diagnose(read_metrics(run)))
 
 
 def test_a_discriminator_that_wins_outright_is_named_and_training_goes_on(prepared, home, tmp_path):
     stage = autoencoder_stage(prepared, home)                   # an autoencoder that hardly learns, and a discriminator that does
     stage.recipe = replace(AUTOENCODER, lr=1e-6, disc=replace(AUTOENCODER.disc, start=0.0, warmup=0.0, ramp=0.0, lr_ratio=5e3))
     run = train(stage, tmp_path / "run", steps=80)
-    assert any("the discriminator wins outright" in words for words in diagnose(read_metrics(run)))
+    assert any("The discriminator is too strong" in words for words in diagnose(read_metrics(run)))
     assert sound(run) and run.finished["step"] == 80
 
 

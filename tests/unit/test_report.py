@@ -1,4 +1,4 @@
-"""Figures and the doctor, each by its command, on the autoencoders of a whole run."""
+"""Figures and diagnostics, each by its command, on the autoencoders of a whole run."""
 import io
 import re
 
@@ -82,8 +82,8 @@ def test_photos_of_a_prepared_set_are_taken_where_asked(runs, prepared, tmp_path
 
 def test_without_out_a_figure_lies_in_the_first_run(whole_run):
     run = whole_run / "autoencoder-vq"
-    for words in (["doctor"], ["figure", "codebook"]):
-        out = run / f"{words[-1]}.png"
+    for words, name in ((["doctor"], "diagnostics"), (["figure", "codebook"], "codebook")):
+        out = run / f"{name}.png"
         assert str(out) in type_in(*words, "--run", run).output and pixels(out).std() > 20
         out.unlink()
 
@@ -114,14 +114,14 @@ def test_a_run_without_metrics_and_photos_of_another_size_are_refused(whole_run,
     assert not list(bare.glob("*.png"))
 
 
-def test_the_doctor_speaks_of_every_run(whole_run, runs, tmp_path):
-    answer = type_in("doctor", *runs, "--run", whole_run / "prior", "--out", tmp_path / "doctor.png")
-    assert answer.exit_code == 0 and pixels(tmp_path / "doctor.png").std() > 10
+def test_every_run_is_diagnosed(whole_run, runs, tmp_path):
+    answer = type_in("doctor", *runs, "--run", whole_run / "prior", "--out", tmp_path / "diagnostics.png")
+    assert answer.exit_code == 0 and pixels(tmp_path / "diagnostics.png").std() > 10
     found = re.findall(r"^(KL|VQ|prior) \(.*\):\n((?:- .+\.\n)+)", answer.output, re.MULTILINE)
     assert [name for name, _ in found] == ["KL", "VQ", "prior"]
 
 
-def test_training_ends_with_the_doctors_words(prepared, tmp_path):
+def test_training_ends_with_a_diagnosis(prepared, tmp_path):
     answer = type_in("train-autoencoder", "--data", prepared.folder, "--preset", "tiny-vq", "--run", tmp_path / "vq", "--steps", 4)
     assert answer.exit_code == 0
     words = type_in("doctor", "--run", tmp_path / "vq").output

@@ -187,7 +187,7 @@ def test_the_codebook_is_counted_over_an_epoch(prepared, bottleneck):
     assert records[-1]["codes_share"] > 0.1 and stage.usage.counts.sum() == 0 and "dead_codes" in records[0]
 
 
-def test_the_doctors_numbers_reach_the_log_and_the_diagnosis(prepared, tmp_path):
+def test_diagnostic_metrics_reach_the_log_and_the_diagnosis(prepared, tmp_path):
     recipe = replace(SMALL, grad_clip=1e-3, model=replace(SMALL.model, bottleneck="vq"), disc=replace(SMALL.disc, start=0.1, warmup=0.1))
     run = Run.open(tmp_path / "run", {})
     fit(AutoencoderStage(prepared, recipe), run, Budget(steps=50))
@@ -195,4 +195,4 @@ def test_the_doctors_numbers_reach_the_log_and_the_diagnosis(prepared, tmp_path)
     wanted = {"grad_norm_rec_loss", "grad_norm_mse_loss", "grad_norm_g_loss", "grad_norm", "applied_norm", "clipped", "skipped", "saturated", "d_accuracy",
               "logit_margin", "gan_weight", "max_activation", "dead_codes", "perplexity", "codes_used"}
     assert wanted <= set().union(*records)
-    assert any("clipping acts on 100% of steps" in words and "raise grad_clip above" in words for words in diagnose(records))
+    assert any("are clipped on 100% of steps" in words and "raise grad_clip above" in words for words in diagnose(records))
