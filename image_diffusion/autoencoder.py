@@ -47,11 +47,11 @@ class AutoencoderConfig:
     mid_attn: bool = True        # attention at the lowest resolution
     mid_blocks: int = 1          # residual blocks on each side of that attention
     linear: bool = False         # the best linear autoencoder beside the networks
-    early: bool = False          # a level already has the width of the next one on the way, as in the first attempt
+    widen_early: bool = False          # a level already has the width of the next one on the way, as in the first attempt
     num_groups: int = 32         # groups of all norms; must divide every width
     codebook_size: int = 1024    # vq: number of codes
     dead_code_threshold: float = 0.6   # vq: a code under this part of its fair share restarts
-    unit_codes: bool = False     # vq: codes and latents on the unit sphere
+    l2_normalize: bool = False     # vq: codes and latents on the unit sphere
     levels: tuple = (10, 10, 10) # fsq: values per channel; 10 * 10 * 10 is close to 1024 codes
     in_ch: int = 3               # channels of the image
 
@@ -91,12 +91,12 @@ def middle(
 def make_levels(
     widths,      # channels of each level, in the direction of travel
     num_blocks,  # residual blocks of each level, in the same direction
-    early,       # does a level already have the width of the next one?
+    widen_early,       # does a level already have the width of the next one?
     resample,    # `Downsample` or `Upsample`, the end of each level but the last
     num_groups,  # groups of all norms
 ):
     "Levels of residual blocks, each but the last ending in a change of size; UserError if the numbers do not fit."
-    outs = widths[1:] + widths[-1:] if early else widths
+    outs = widths[1:] + widths[-1:] if widen_early else widths
     if len(num_blocks) != len(outs): raise UserError(f"There are {len(outs)} levels, but numbers of blocks for {len(num_blocks)}.")
     levels = nn.ModuleList()
     for i, (before, ch, n) in enumerate(zip(widths[:1] + outs, outs, num_blocks)):
@@ -118,12 +118,12 @@ class Encoder(nn.Module):
         num_groups=32,   # groups of all norms
         in_ch=3,         # channels of the image
         mid_blocks=1,    # residual blocks on each side of the attention
-        early=False,     # a level already has the next one's width
+        widen_early=False,     # a level already has the next one's width
     ):
         super().__init__()
-        self.patch, self.early, self.factor = patch, early, patch * 2 ** (len(widths) - 1)
+        self.patch, self.widen_early, self.factor = patch, widen_early, patch * 2 ** (len(widths) - 1)
         self.conv_in = nn.Conv2d(in_ch * patch ** 2, widths[0], 3, padding=1)
-        self.levels = make_levels(widths, per_level(num_blocks, widths), early, Downsample, num_groups)
+        self.levels = make_levels(widths, per_level(num_blocks, widths), widen_early, Downsample, num_groups)
         self.mid = middle(widths[-1], mid_attn, num_groups, mid_blocks)
         self.norm_out = group_norm(widths[-1], num_groups)
         self.conv_out = nn.Conv2d(widths[-1], h_channels, 3, padding=1)
@@ -149,14 +149,14 @@ class Decoder(nn.Module):
         num_groups=32,   # groups of all norms
         out_ch=3,        # channels of the image
         mid_blocks=1,    # residual blocks on each side of the attention
-        early=False,     # a level already has the next one's width, on the way out
+        widen_early=False,     # a level already has the next one's width, on the way out
     ):
         super().__init__()
         num_blocks, widths = per_level(num_blocks, widths)[::-1], widths[::-1]           # now from the latent outwards
-        self.patch, self.early = patch, early
+        self.patch, self.widen_early = patch, widen_early
         self.conv_in = nn.Conv2d(z_channels, widths[0], 3, padding=1)
         self.mid = middle(widths[0], mid_attn, num_groups, mid_blocks)
-        self.levels = make_levels(widths, num_blocks, early, Upsample, num_groups)
+        self.levels = make_levels(widths, num_blocks, widen_early, Upsample, num_groups)
         self.norm_out = group_norm(widths[-1], num_groups)
         self.conv_out = nn.Conv2d(widths[-1], out_ch * patch ** 2, 3, padding=1)
 
@@ -191,6 +191,7 @@ def count_macs(
 # %% ../nbs/23_autoencoder.ipynb #b09ffd71
 class Autoencoder(nn.Module):
     "Encoder, bottleneck and decoder, with 1x1 convolutions before and after the bottleneck."
+    folder = sha256 = None  # the run that `load_autoencoder` loaded it from, and the SHA-256 of its snapshot
     def __init__(
         self,
         encoder,     # x (B, 3, H, W) -> (B, bottleneck.h_channels, H/factor, W/factor)
@@ -203,22 +204,22 @@ class Autoencoder(nn.Module):
         self.quant_conv = nn.Conv2d(bottleneck.h_channels, bottleneck.h_channels, 1)
         self.post_quant_conv = nn.Conv2d(bottleneck.z_channels, bottleneck.z_channels, 1)
         if linear:
-            linear.requires_grad_(False)                             # as `place` leaves it; the networks learn what is left
+            linear.requires_grad_(False)                             # as `fit` leaves it; the networks learn what is left
             for conv in (encoder.conv_out, decoder.conv_out): nn.init.zeros_(conv.weight); nn.init.zeros_(conv.bias)
             nn.init.zeros_(self.quant_conv.bias)
 
     @torch.no_grad()
-    def place(
+    def initialize(
         self,
         x,  # (B, 3, H, W): the first training images
     ):
         "Before the first step: the best windows for the linear path, then k-means for the codes, where there are any."
         gaussian = isinstance(self.bottleneck, GaussianBottleneck)
         if self.linear:
-            self.linear.place(x[:64], whiten=gaussian)                               # more images change little
+            self.linear.fit(x[:64], whiten=gaussian)                               # more images change little
             if gaussian: self.linear.down.bias[self.bottleneck.z_channels:] = -4.    # log-variances: a posterior much narrower than the latents
-        if hasattr(self.bottleneck, "place"):
-            self.bottleneck.place(torch.cat([self.encode(part) for part in x.split(32)]))
+        if hasattr(self.bottleneck, "initialize"):
+            self.bottleneck.initialize(torch.cat([self.encode(part) for part in x.split(32)]))
 
     @property
     def factor(self):
@@ -281,8 +282,8 @@ class Autoencoder(nn.Module):
 # %% ../nbs/23_autoencoder.ipynb #3d8f44d8
 BOTTLENECKS = {
     "kl": lambda config: GaussianBottleneck(config.z_channels),
-    "vq": lambda config: VectorQuantizer(config.codebook_size, config.z_channels, dead_code_threshold=config.dead_code_threshold, normalize=config.unit_codes),
-    "vq-gradient": lambda config: GradientVectorQuantizer(config.codebook_size, config.z_channels, dead_code_threshold=config.dead_code_threshold, normalize=config.unit_codes),
+    "vq": lambda config: VectorQuantizer(config.codebook_size, config.z_channels, dead_code_threshold=config.dead_code_threshold, l2_normalize=config.l2_normalize),
+    "vq-gradient": lambda config: GradientVectorQuantizer(config.codebook_size, config.z_channels, dead_code_threshold=config.dead_code_threshold, l2_normalize=config.l2_normalize),
     "fsq": lambda config: FSQ(config.levels),
 }
 
@@ -294,7 +295,7 @@ def make_autoencoder(
     if config.bottleneck not in BOTTLENECKS:
         raise UserError(f"There is no bottleneck {config.bottleneck!r}: choose one of {', '.join(BOTTLENECKS)}.")
     bottleneck = BOTTLENECKS[config.bottleneck](config)
-    shared = config.patch, config.mid_attn, config.num_groups, config.in_ch, config.mid_blocks, config.early
+    shared = config.patch, config.mid_attn, config.num_groups, config.in_ch, config.mid_blocks, config.widen_early
     encoder = Encoder(config.widths, bottleneck.h_channels, config.enc_blocks, *shared)
     decoder = Decoder(config.widths, bottleneck.z_channels, config.dec_blocks, *shared)
     linear = LinearSkip(config.factor, bottleneck.h_channels, bottleneck.z_channels, config.in_ch) if config.linear else None
@@ -306,8 +307,8 @@ def diffusers_state_dict(
 ):  # weights for AutoencoderKL or VQModel
     "The weights under the names of `diffusers`, for the model with the same sizes; UserError if they have none such."
     if isinstance(autoencoder.bottleneck, FSQ): raise UserError("diffusers has no autoencoder with an FSQ bottleneck.")
-    if getattr(autoencoder.bottleneck, "normalize", False): raise UserError("diffusers has no autoencoder with `unit_codes`.")
-    if not is_classic(autoencoder): raise UserError("diffusers has no autoencoder with `early`, with `mid_blocks` other than 1, "
+    if getattr(autoencoder.bottleneck, "l2_normalize", False): raise UserError("diffusers has no autoencoder with `l2_normalize`.")
+    if not is_classic(autoencoder): raise UserError("diffusers has no autoencoder with `widen_early`, with `mid_blocks` other than 1, "
                                                            "or with another number of blocks at each level.")
     renamed = {}
     for key, value in autoencoder.state_dict().items():
@@ -321,10 +322,10 @@ def diffusers_state_dict(
 def is_classic(
     autoencoder,  # an `Autoencoder`
 ):  # bool
-    "Does the network have the topology of `diffusers`: all levels alike, one block on each side of the attention, widths not `early`, nothing beside?"
+    "Does the network have the topology of `diffusers`: all levels alike, one block on each side of the attention, widths not `widen_early`, nothing beside?"
     parts = autoencoder.encoder, autoencoder.decoder
     blocks = [{sum(isinstance(block, ResBlock) for block in level) for level in part.levels} for part in parts]
-    return not autoencoder.linear and all(len(part.mid) == 3 and not part.early for part in parts) and all(len(numbers) == 1 for numbers in blocks)
+    return not autoencoder.linear and all(len(part.mid) == 3 and not part.widen_early for part in parts) and all(len(numbers) == 1 for numbers in blocks)
 
 
 def diffusers_name(

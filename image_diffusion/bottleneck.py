@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GaussianBottleneck', 'perplexity', 'code_counts', 'CodebookUsage', 'as_points', 'nearest_code', 'code_sums', 'kmeans',
-           'share', 'follow', 'VectorQuantizer', 'GradientVectorQuantizer', 'FSQ']
+           'all_reduce', 'broadcast', 'VectorQuantizer', 'GradientVectorQuantizer', 'FSQ']
 
 # %% ../nbs/21_bottleneck.ipynb #cbe1732a
 import torch
@@ -108,7 +108,7 @@ class CodebookUsage(nn.Module):
         "Perplexity over everything counted so far."
         return float(perplexity(self.counts))
 
-    def old(
+    def dead_codes(
         self,
         updates,  # for how long
     ):  # (), on the device of the codes
@@ -156,7 +156,7 @@ def kmeans(
     return codebook
 
 # %% ../nbs/21_bottleneck.ipynb #43600fd6
-def share(
+def all_reduce(
     x,  # tensor, overwritten by its sum over all processes
 ):
     "Sum over the processes of a distributed run; with one process, `x` itself."
@@ -164,7 +164,7 @@ def share(
     return x
 
 
-def follow(
+def broadcast(
     x,  # tensor, overwritten by that of process 0
 ):
     "Take process 0's tensor, so that random choices are the same everywhere."
@@ -181,21 +181,21 @@ class VectorQuantizer(nn.Module):
         decay=0.99,              # of the running means; about 1/(1-decay) batches of memory
         commitment_weight=0.25,  # of the loss that pulls `h` to its code; the paper's beta
         dead_code_threshold=0.6,       # a code under this part of its fair share restarts; 0 = never
-        normalize=False,         # latents and codes on the unit sphere: only the direction of `h` counts (Yu et al. 2022)
+        l2_normalize=False,         # latents and codes on the unit sphere: only the direction of `h` counts (Yu et al. 2022)
     ):
         super().__init__()
         self.codebook_size, self.z_channels, self.h_channels = codebook_size, z_channels, z_channels
-        self.decay, self.commitment_weight, self.dead_code_threshold, self.normalize = decay, commitment_weight, dead_code_threshold, normalize
+        self.decay, self.commitment_weight, self.dead_code_threshold, self.l2_normalize = decay, commitment_weight, dead_code_threshold, l2_normalize
         self.register_buffer("codebook", self.on_sphere(torch.randn(codebook_size, z_channels)))     # (K, C)
         self.register_buffer("cluster_size", torch.ones(codebook_size))  # (K,) running number of points, in fair shares
-        self.register_buffer("placed", torch.tensor(False))              # are the codes among the data?
+        self.register_buffer("initialized", torch.tensor(False))              # are the codes among the data?
 
     def on_sphere(
         self,
         x,  # (N, C) or (B, C, H, W)
     ):
         "Float32, and of unit length over channels where the bottleneck is normalized."
-        return F.normalize(x.float(), dim=1) if self.normalize else x.float()
+        return F.normalize(x.float(), dim=1) if self.l2_normalize else x.float()
 
     @property
     def codes(self):
@@ -209,25 +209,25 @@ class VectorQuantizer(nn.Module):
         "Quantize with the codes as they are, then (in training) let them move. Always in float32."
         with torch.autocast(h.device.type, enabled=False):
             learning = self.training and self.sound(h)
-            if learning and not self.placed: self.place(h)
+            if learning and not self.initialized: self.initialize(h)
             indices = self.indices(h)                                    # (B, H, W)
             h, z_q = self.on_sphere(h), self.decode_indices(indices)     # (B, C, H, W) each
             loss = self.loss(h, z_q)
             flat = as_points(h.detach())                                 # (N, C)
             counts, sums = code_sums(flat, indices.flatten(), self.codebook_size)
-            if learning: self.move(flat, share(counts.clone()), share(sums))
+            if learning: self.move(flat, all_reduce(counts.clone()), all_reduce(sums))
         return h + (z_q - h).detach(), loss, {"counts": counts}
 
     def sound(self, h):
         "Whether no process has a number that is not finite: a broken batch must not teach the codes."
-        return not share((~h.isfinite()).any().float())
+        return not all_reduce((~h.isfinite()).any().float())
 
     def loss(self, h, z_q):
         "The commitment loss pulls the encoder to the codes."
         return self.commitment_weight * F.mse_loss(h, z_q.detach())
 
     @torch.no_grad()
-    def place(
+    def initialize(
         self,
         h,  # (B, z_channels, H, W): what the encoder gives for the first batches
     ):
@@ -235,8 +235,8 @@ class VectorQuantizer(nn.Module):
         if not self.sound(h): return
         with torch.autocast(h.device.type, enabled=False):
             codes = kmeans(as_points(self.on_sphere(h)), self.codebook_size)         # (K, C)
-        self.reset(torch.ones_like(self.cluster_size, dtype=torch.bool), follow(codes))
-        self.placed.fill_(True)
+        self.reset(torch.ones_like(self.cluster_size, dtype=torch.bool), broadcast(codes))
+        self.initialized.fill_(True)
 
     @torch.no_grad()
     def move(self, flat, counts, sums):
@@ -245,7 +245,7 @@ class VectorQuantizer(nn.Module):
         self.cluster_size.lerp_(counts / fair, 1 - self.decay)
         self.learn(counts[:, None] / fair, sums / fair)
         points = flat[torch.randint(len(flat), (self.codebook_size,), device=flat.device)]       # (K, C)
-        self.reset(self.cluster_size < self.dead_code_threshold, follow(points))
+        self.reset(self.cluster_size < self.dead_code_threshold, broadcast(points))
 
     def learn(self, counts, sums):
         "The running mean of each code's points; `counts` (K, 1) and `sums` (K, C) in fair shares."

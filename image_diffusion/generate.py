@@ -22,7 +22,7 @@ from .diffusion import Denoiser, sigma_range
 from .ema import reconstruct_ema
 from .files import UserError
 from .guidance import inpainted, windowed
-from .latents import LatentScale, autoencoder_sha256
+from .latents import LatentScale
 from .photos import FORMATS, try_photo, turn_upright
 from .runs import Run, load_network, load_snapshot
 from .sampling import sample_noise
@@ -68,11 +68,11 @@ def load_prior(
     tensors, config = load_snapshot(folder)
     if not {"unet", "noise_levels", "parameterization", "classes", "latent_shape", "autoencoder"} <= config.keys():
         raise UserError(f"{folder} is not the run of a prior, or one of an older version: give a folder that train-diffusion wrote.")
-    autoencoder = Path(autoencoder or run.folder / str(run.config.get("autoencoder")))
-    if autoencoder_sha256(autoencoder) != config["autoencoder"]:
-        raise UserError(f"The autoencoder in {autoencoder} is not the one that this prior was trained with: give the right one with --autoencoder.")
+    autoencoder = load_autoencoder(autoencoder or run.folder / str(run.config.get("autoencoder")))
+    if autoencoder.sha256 != config["autoencoder"]:
+        raise UserError(f"The autoencoder in {autoencoder.folder} is not the one that this prior was trained with: give the right one with --autoencoder.")
     weights = tensors if average is None else tensors | reconstruct_ema(folder, average)
-    parts, autoencoder = load_network(lambda: prior_parts(config), weights, folder), load_autoencoder(autoencoder)
+    parts = load_network(lambda: prior_parts(config), weights, folder)
     if not (parts["scale"].std > 0).all() or autoencoder.bottleneck.z_channels != config["latent_shape"][0]:
         raise UserError(f"The snapshot in {folder} has a latent scale that cannot be, or that of another autoencoder: restore it from a copy, or train it again.")
     place = lambda module: precision.place(module).eval().requires_grad_(False)

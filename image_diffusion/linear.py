@@ -27,7 +27,7 @@ class LinearSkip(nn.Module):
         self.up = nn.ConvTranspose2d(z_channels, in_ch, **window)
 
     @torch.no_grad()
-    def place(
+    def fit(
         self,
         x,       # (B, in_ch, H, W): images to learn from
         whiten,  # every channel of a latent at mean square 1; else all are scaled alike, so that distances stay those of pixels
@@ -83,7 +83,7 @@ def fit_windows(
 def best_axes(
     x,         # (B, in_ch, H, W), of mean 0
     down, up,  # (C, in_ch, 3*factor, 3*factor)
-    whiten,    # as in `LinearSkip.place`
+    whiten,    # as in `LinearSkip.fit`
 ):  # down and up again: other codes, the same images
     "Mix the codes so that their products average to 0, and that equal changes of a code change pixels equally; then scale them."
     z = coded(x, down).movedim(1, -1).flatten(0, 2).double()                                             # (N, C)

@@ -27,10 +27,10 @@ from .discriminator import (GAN_LOSSES, LeCAM, PatchDiscriminator, adaptive_weig
                                            r1_penalty, ramp)
 from .drive import open_run
 from .ema import make_ema
-from .files import UserError, lookup
+from .files import UserError, file_sha256, lookup
 from .perceptual import LPIPS, available_perceptual, psnr, ssim
 from .plots import Figure, plot_runs, save_png
-from .runs import finished_numbers, load_network, load_snapshot
+from .runs import finished_numbers, load_network, load_snapshot, newest_snapshot
 from .training import Budget, Precision, Stage, fit, optimizer_step, session_end
 
 # %% ../nbs/50_train_autoencoder.ipynb #955bbe75
@@ -91,7 +91,7 @@ LHQ_FAST = AutoencoderConfig(ch=32, ch_mult=(2, 7), enc_blocks=(1, 2), dec_block
 LHQ_F8 = AutoencoderConfig(z_channels=12, ch=64, ch_mult=(1, 4, 6), enc_blocks=2, dec_blocks=(2, 4, 4), patch=2, linear=True)   # as many latent values at 16x16; 37.6M, 20.1 GMAC
 
 
-SEED = AutoencoderConfig(ch=128, ch_mult=(1, 2, 3), enc_blocks=(2, 2, 0), dec_blocks=2, mid_blocks=2, early=True)    # the first attempt: 36.3M, 103.6 GMAC
+SEED = AutoencoderConfig(ch=128, ch_mult=(1, 2, 3), enc_blocks=(2, 2, 0), dec_blocks=2, mid_blocks=2, widen_early=True)    # the first attempt: 36.3M, 103.6 GMAC
 
 # %% ../nbs/50_train_autoencoder.ipynb #f654db30
 PHOTOS = AutoencoderConfig(z_channels=4, ch=48, ch_mult=(1, 2), enc_blocks=1, dec_blocks=2, patch=2, num_groups=16, linear=True)
@@ -174,7 +174,7 @@ class AutoencoderStage(Stage):
         disc, start, check = self.recipe.disc, self.recipe.perceptual_start, step % CHECK_EVERY == 0
         self.seed_step(step)
         if step == 0:
-            self.place()
+            self.initialize()
         lr = self.learning_rate(step, progress)
         self.optimizer.param_groups[0]["lr"], self.disc_optimizer.param_groups[0]["lr"] = lr, lr * disc.lr_ratio
         x, now = self.batch(step), schedule_position(disc.start, step, progress)
@@ -185,10 +185,10 @@ class AutoencoderStage(Stage):
                 metrics |= self.discriminator_step(x, x_rec, with_r1=disc.r1_weight and step % R1_EVERY == 0)
         return metrics | health | self.code_health(step, check) | {"lr": lr}
 
-    def place(self) -> None:
+    def initialize(self) -> None:
         "Let the linear path and k-means look at the first batches, where the network has a use for them."
         with self.precision.autocast():
-            self.model.place(torch.cat([self.batch(step) for step in range(PLACING_BATCHES)]))
+            self.model.initialize(torch.cat([self.batch(step) for step in range(PLACING_BATCHES)]))
 
     def through(
         self,
@@ -275,7 +275,7 @@ class AutoencoderStage(Stage):
         if "usage" not in self.parts:
             return {}
         size, epoch = self.model.bottleneck.codebook_size, max(1, len(self.data.train) // self.recipe.batch_size)
-        numbers = {"dead_codes": self.usage.old(epoch) / size} if check else {}
+        numbers = {"dead_codes": self.usage.dead_codes(epoch) / size} if check else {}
         if (step + 1) % epoch == 0:
             used, perplexity = self.usage.codes_used, self.usage.perplexity
             numbers |= {"codes_used": used, "perplexity": perplexity, "codes_share": used / size, "perplexity_share": perplexity / size}
@@ -392,11 +392,12 @@ def load_autoencoder(
     folder: Path,         # an autoencoder's run folder
     device: str = "cpu",
 ) -> Autoencoder:
-    "The trained autoencoder (EMA weights, eval mode). UserError if the run has no snapshot or is of another kind."
+    "The trained autoencoder (EMA weights, eval mode), with its `folder` and the `sha256` of its snapshot. UserError if the run has no snapshot or is of another kind."
     tensors, config = load_snapshot(folder)
     if not isinstance(config.get("model"), dict) or "bottleneck" not in config["model"]:
         raise UserError(f"{folder} is not the run of an autoencoder: give the folder that train-autoencoder wrote.")
     autoencoder = load_network(lambda: make_autoencoder(AutoencoderConfig(**config["model"])), tensors, folder)
+    autoencoder.folder, autoencoder.sha256 = Path(folder), file_sha256(newest_snapshot(folder))
     return autoencoder.to(device).eval().requires_grad_(False)
 
 # %% ../nbs/50_train_autoencoder.ipynb #47d98dd2

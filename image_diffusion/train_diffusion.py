@@ -26,7 +26,7 @@ from .features import Features, available_features, weights_sha256
 from .fid import collect_samples, frechet_distance, kid, photo_stats
 from .files import UserError, lookup
 from .guidance import guided
-from .latents import LatentDataset, autoencoder_sha256, cache_latents, latents_folder
+from .latents import LatentDataset, cache_latents
 from .plots import Figure, plot_runs, save_png
 from .runs import Run, finished_numbers
 from .sampling import SAMPLERS, SamplingError, sample_noise, sigma_schedule, step_noise
@@ -262,7 +262,7 @@ class DiffusionStage(Stage):
         tensors = {f"net.{name}": value for name, value in self.ema.module.net.state_dict().items()}
         tensors |= {f"scale.{name}": value for name, value in self.scale.state_dict().items()}
         return tensors, {"unet": asdict(self.recipe.model), "classes": self.classes, "latent_shape": list(self.latents.shape),
-                         "autoencoder": self.latents.facts["autoencoder"], "parameterization": self.denoiser.parameterization,
+                         "autoencoder": self.latents.autoencoder_sha256, "parameterization": self.denoiser.parameterization,
                          "noise_levels": self.recipe.noise_levels}
 
 # %% ../nbs/65_train_diffusion.ipynb #95894872
@@ -305,11 +305,11 @@ def train_diffusion(
                        f"with the autoencoder in {autoencoder_folder}: choose the preset of the same name for both stages.")
     recipe = replace(recipe, seed=seed, model=replace(recipe.model, in_ch=autoencoder.bottleneck.z_channels, num_classes=data.num_classes))
     run = open_run(folder, {"stage": "diffusion", "preset": preset, "recipe": asdict(recipe), "minutes": minutes, "steps": length.steps,
-                            "data": data.manifest["sha256"], "autoencoder_sha256": autoencoder_sha256(autoencoder_folder),
+                            "data": data.manifest["sha256"], "autoencoder_sha256": autoencoder.sha256,
                             "autoencoder": os.path.relpath(autoencoder_folder, folder)})
     if (numbers := finished_numbers(run, ("step", "minutes", "dev_loss"))) is not None:
         return numbers
-    latents = cache_latents(autoencoder, data, autoencoder_folder, latents_folder(data, autoencoder_folder), precision.device)
+    latents = cache_latents(autoencoder, data, device=precision.device)
     stage = DiffusionStage(latents, recipe, autoencoder, data.classes, precision)
     if eval_every:
         stage.measure_every, stage.sample_metrics = eval_every, SampleMetrics(data, available_features()[0], eval_samples)

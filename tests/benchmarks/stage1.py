@@ -57,7 +57,7 @@ class Theirs(nn.Module):
     def last_layer(self):
         return self.net.decoder.conv_out.weight
 
-    def place(self, x): pass                                          # it has neither principal components nor codes
+    def initialize(self, x): pass                                          # it has neither principal components nor codes
     def encode(self, x): return self.net.quant_conv(self.net.encoder(x))
     def decode(self, z): return self.net.decoder(self.net.post_quant_conv(z))
     def latent(self, h): return self.bottleneck.latent(h)

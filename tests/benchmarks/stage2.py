@@ -25,7 +25,7 @@ from image_diffusion.features import Lite0Features, RandomFeatures, in_batches
 from image_diffusion.fid import collect_stats, frechet_distance, kid, photo_stats
 from image_diffusion.evaluate import class_accuracy
 from image_diffusion.generate import LatentDiffusion, class_grid, generate, labels_of
-from image_diffusion.latents import cache_latents, latents_folder
+from image_diffusion.latents import cache_latents
 from image_diffusion.plots import save_png
 from image_diffusion.runs import Run, load_checkpoint
 from image_diffusion.train_autoencoder import load_autoencoder
@@ -89,7 +89,7 @@ def train(name, data, latents, autoencoder, minutes, samples, guidances, out):
     recipe, stage_class = CONTESTANTS[name]
     recipe = replace(recipe, model=replace(recipe.model, in_ch=latents.shape[0], num_classes=data.num_classes))
     stage = stage_class(latents, recipe, autoencoder, data.classes, Precision.pick())
-    run = Run.open(out / name, {"stage": "diffusion", "preset": name, "recipe": asdict(recipe), "minutes": minutes, "autoencoder": latents.facts["autoencoder"]})
+    run = Run.open(out / name, {"stage": "diffusion", "preset": name, "recipe": asdict(recipe), "minutes": minutes, "autoencoder": latents.autoencoder_sha256})
     finished = fit(stage, run, Budget(minutes=minutes), name)
     stage.load_state_dict(load_checkpoint(run)["stage"])      # where the run was finished before, too
     prior = as_prior(stage, recipe, finished["step"])
@@ -116,7 +116,7 @@ def main():
     if args.one_core:
         on_one_core()
     data, autoencoder = load_prepared(args.data), load_autoencoder(args.autoencoder)
-    latents = cache_latents(autoencoder, data, args.autoencoder, latents_folder(data, args.autoencoder))
+    latents = cache_latents(autoencoder, data)
     for name in args.names:
         train(name, data, latents, autoencoder, args.minutes, args.samples, args.guidance, args.out)
 

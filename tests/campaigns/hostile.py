@@ -192,7 +192,7 @@ def make_samples(home):
         ae = AutoencoderStage(data, recipe)
         run = Run.open(home / "kl", {"stage": "autoencoder", "recipe": asdict(recipe), "minutes": 1.0, "data": data.manifest["sha256"]})
         fit(ae, run, Budget(steps=3), save_every_minutes=0, log_every=1)
-        latents = cache_latents(load_autoencoder(home / "kl"), data, home / "kl", home / "latents")
+        latents = cache_latents(load_autoencoder(home / "kl"), data, home / "latents")
         model = UNetConfig(in_ch=latents.shape[0], size=latents.shape[1], ch=8, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), num_groups=4, head_ch=8,
                            num_classes=data.num_classes)
         recipe = DiffusionRecipe(model, batch_size=4, power_emas=(0.1,))
@@ -500,7 +500,7 @@ class Bench:
     def latent_cache(self, rng):
         folder = self.copy("latents")
         self.wrong_set(rng, folder, ["latents.json", "latents.json", "mean.npy"])
-        latents = load_latents(folder, self.data, self.home / "kl")
+        latents = load_latents(load_autoencoder(self.home / "kl"), self.data, folder)
         z = latents.scale.normalize(latents.raw(latents.train[:2], [False, True]))
         assert z.shape == (2, *latents.shape) and len(latents.mean[0]) == len(self.data.images)
 

@@ -44,7 +44,7 @@ def autoencoder_stage(data, folder):
 def prior_stage(data, folder):
     "A prior on the latents of the autoencoder that was never interrupted."
     autoencoder = load_autoencoder(folder / "whole-autoencoder")
-    latents = cache_latents(autoencoder, data, folder / "whole-autoencoder", folder / "latents", "cpu")
+    latents = cache_latents(autoencoder, data, folder / "latents")
     recipe = replace(PRIOR, model=replace(PRIOR.model, in_ch=latents.shape[0], size=latents.shape[1], num_classes=data.num_classes))
     return DiffusionStage(latents, recipe, autoencoder, data.classes)
 

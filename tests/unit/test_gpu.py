@@ -12,7 +12,7 @@ from image_diffusion.autoencoder import make_autoencoder
 from image_diffusion.data import prepare
 from image_diffusion.evaluate import evaluate_run
 from image_diffusion.generate import class_labels, generate, inpaint, interpolate, load_photo, load_prior, panorama, vary
-from image_diffusion.latents import cache_latents, latents_folder
+from image_diffusion.latents import cache_latents
 from image_diffusion.perceptual import LPIPS
 from image_diffusion.runs import Run, finished_numbers, read_metrics
 from image_diffusion.train_autoencoder import PRESETS as AUTOENCODERS
@@ -78,7 +78,7 @@ def test_the_linear_path_is_placed_as_well_as_on_the_cpu(landscapes):
     found = []
     for precision in (Precision(), T4):
         stage = AutoencoderStage(landscapes, recipe, precision)
-        stage.place()
+        stage.initialize()
         stage.ema.update_parameters(stage.model)
         found.append(stage.evaluate()["dev_psnr"])
     assert found[1] == pytest.approx(found[0], abs=0.1)
@@ -87,7 +87,7 @@ def test_the_linear_path_is_placed_as_well_as_on_the_cpu(landscapes):
 def latents_of(landscapes, folder):
     "The cached latents of a trained autoencoder, and itself."
     autoencoder = load_autoencoder(folder, "cuda")
-    return cache_latents(autoencoder, landscapes, folder, latents_folder(landscapes, folder), "cuda"), autoencoder
+    return cache_latents(autoencoder, landscapes, device="cuda"), autoencoder
 
 
 def make(kind, landscapes, runs, precision):

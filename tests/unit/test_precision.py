@@ -5,7 +5,7 @@ import pytest
 import torch
 from image_diffusion import training
 from image_diffusion.autoencoder import make_autoencoder
-from image_diffusion.latents import LatentDataset
+from image_diffusion.latents import LatentDataset, LatentScale
 from image_diffusion.train_autoencoder import PRESETS as AUTOENCODERS
 from image_diffusion.train_autoencoder import AutoencoderStage
 from image_diffusion.train_diffusion import PRESETS as PRIORS
@@ -49,8 +49,8 @@ def diffusion_stage(data, precision):
     recipe, rng = PRIORS["tiny"], torch.Generator().manual_seed(0)
     autoencoder = make_autoencoder(AUTOENCODERS["tiny-kl"].model).eval()
     latents = torch.randn(2, len(data.images), recipe.model.in_ch, recipe.model.size, recipe.model.size, generator=rng).half().numpy()
-    facts = {"latent_mean": [0.0] * recipe.model.in_ch, "latent_std": [1.0] * recipe.model.in_ch, "autoencoder": ""}
-    dataset = LatentDataset(latents, None, data.labels, facts, data.train, data.dev)
+    scale = LatentScale([0.0] * recipe.model.in_ch, [1.0] * recipe.model.in_ch)
+    dataset = LatentDataset(latents, None, scale, data.labels, data.train, data.dev, "")
     recipe = replace(recipe, batch_size=4, model=replace(recipe.model, num_classes=data.num_classes))
     return DiffusionStage(dataset, recipe, autoencoder, data.classes, precision)
 

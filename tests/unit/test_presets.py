@@ -57,6 +57,6 @@ def test_the_autoencoder_starts_from_principal_components_where_the_preset_says_
     recipe = replace(AUTOENCODERS["tiny-kl"], model=replace(AUTOENCODERS["tiny-kl"].model, linear=True))
     placed, bare = AutoencoderStage(prepared, recipe), AutoencoderStage(prepared, AUTOENCODERS["tiny-kl"])
     for stage in (placed, bare):
-        stage.place()
+        stage.initialize()
         stage.ema.update_parameters(stage.model)
     assert placed.evaluate()["dev_psnr"] > bare.evaluate()["dev_psnr"] + 8

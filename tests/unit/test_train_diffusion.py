@@ -43,10 +43,11 @@ def prior(home):
 
 def stage_of(home, data, **recipe):
     "A stage with a small network."
-    latents = load_latents(next((home / "kl").glob("latents-*")), data, home / "kl")
+    autoencoder = load_autoencoder(home / "kl")
+    latents = load_latents(autoencoder, data)
     model = UNetConfig(in_ch=latents.shape[0], size=latents.shape[1], ch=16, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), num_groups=8,
                        num_classes=data.num_classes)
-    return DiffusionStage(latents, DiffusionRecipe(model, batch_size=16, lr=1e-3, warmup_steps=1, **recipe), load_autoencoder(home / "kl"), data.classes)
+    return DiffusionStage(latents, DiffusionRecipe(model, batch_size=16, lr=1e-3, warmup_steps=1, **recipe), autoencoder, data.classes)
 
 
 @pytest.mark.parametrize("noise_levels", NOISE_LEVELS)
