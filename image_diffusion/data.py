@@ -36,7 +36,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .download import SYNTHETIC, archive_kind, drive_id, fetch, local_name, resolver
+from .download import SYNTHETIC, archive_kind, drive_id, fetch, is_web, local_name
 from .files import UserError, check_disk, file_sha256, lock, sha256_of
 from .landscapes import CLASSES, synthetic_landscapes
 from .photos import (MAX_FILE_BYTES, MIN_SIDE, Photo, read_member, label_photos,
@@ -488,8 +488,8 @@ def source_name(source) -> str:
     text = str(source).strip()
     if re.fullmatch(SYNTHETIC, text):
         return "synthetic"
-    is_link = re.match("https?://", text, re.I) or (drive_id(text) and not is_local(text))
-    return local_name(resolver(text)[0]) if is_link else Path(text).expanduser().resolve().name
+    is_link = is_web(text) or drive_id(text) and not is_local(text)
+    return local_name(text) if is_link else Path(text).expanduser().resolve().name
 
 
 def is_local(source) -> bool:

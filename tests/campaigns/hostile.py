@@ -590,12 +590,12 @@ class Bench:
 
     def note(self, rng):
         file = Download("https://example.org/photos.zip", self.work / "photos.zip")
-        file.write_note({"size": 10, "validator": "x", "sha256": None})
-        file.beside(".part").write_bytes(bytes(5))
-        file.beside(".json").write_text(wrong_json(rng, file.beside(".json").read_text()), encoding="utf-8")
-        note = file.note
+        file.write_record(size=10, validator="x", sha256=None)
+        file.part.write_bytes(bytes(5))
+        file.record.write_text(wrong_json(rng, file.record.read_text()), encoding="utf-8")
+        note = file.read_record()
         assert note == {} or (note["size"] is None or note["size"] >= 0) and isinstance(note["validator"], str)
-        assert file.bytes_here in (0, 5)
+        assert file.num_received in (0, 5)
 
 
 LOADERS = ["checkpoint", "stranger", "autoencoder", "snapshot", "averages", "config", "finished", "metrics", "prepared", "packed", "journal", "latent_cache",

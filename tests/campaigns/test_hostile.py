@@ -16,6 +16,7 @@ from image_diffusion.files import UserError
 from image_diffusion.plots import save_png, show_images
 from image_diffusion.report import Section, write_report
 from PIL import Image
+from urllib3.util import Retry
 
 FILES = 2100
 
@@ -77,7 +78,7 @@ def test_a_link_is_named_without_its_keys(tmp_path):
 
 
 def test_a_download_that_fails_names_no_keys(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("image_diffusion.data.PAUSE", 0)
+    monkeypatch.setattr("image_diffusion.download.RETRY", Retry(1))
     with pytest.raises(UserError) as error:                                                # there is no network in tests
         fetch(SECRET, tmp_path / "downloads")
     said = str(error.value) + capsys.readouterr().out + "".join(path.name for path in tmp_path.rglob("*"))
@@ -94,7 +95,7 @@ def test_a_set_does_not_tell_where_it_was_made_or_by_whom(tmp_path, monkeypatch)
         if str(path) == str(bad): raise PermissionError(13, "Permission denied", str(bad))
         return _open(path, *args)
 
-    monkeypatch.setattr("image_diffusion.data.open", refuse, raising=False)
+    monkeypatch.setattr("image_diffusion.photos.open", refuse, raising=False)
     data = prepare(tmp_path / "ann" / "photos", tmp_path / "set", 32, progress=False)
     assert data.manifest["skipped"] == [{"name": "sea/bad.jpg", "reason": "cannot be read: Permission denied"}]
     assert str(tmp_path) not in (data.folder / "manifest.json").read_text()
@@ -128,20 +129,17 @@ def test_an_archive_that_may_not_be_read_is_not_called_damaged(tmp_path):
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
 def test_a_disk_that_fails_is_not_a_damaged_archive(tmp_path, monkeypatch, kind):
-    from image_diffusion import data
+    from image_diffusion import photos
     def fails(*args, **options): raise OSError(5, "Input/output error")
-    monkeypatch.setattr(data.zipfile if kind == "zip" else data.tarfile, "ZipFile" if kind == "zip" else "open", fails)
+    monkeypatch.setattr(photos.zipfile if kind == "zip" else photos.tarfile, "ZipFile" if kind == "zip" else "open", fails)
     (tmp_path / "photos").write_bytes(b"x" * 600)
     with pytest.raises(UserError, match="cannot be read .Input/output error.; check its permissions and its disk"):
-        (data.ZipSource if kind == "zip" else data.TarSource)(tmp_path / "photos")
+        (photos.ZipSource if kind == "zip" else photos.TarSource)(tmp_path / "photos")
 
 
 def test_room_is_looked_for_before_lhq_comes_image_by_image(tmp_path, monkeypatch):
     from types import SimpleNamespace
-
-    from image_diffusion import data
-    monkeypatch.setattr(data, "library", lambda name: SimpleNamespace())
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda place: SimpleNamespace(free=10**9))
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=10**9))
     with pytest.raises(UserError, match="9,300.0 MB .* 1,000.0 MB are free"):
         fetch("lhq-huggingface", tmp_path)
     assert list(tmp_path.iterdir()) == []
