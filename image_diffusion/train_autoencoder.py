@@ -27,10 +27,10 @@ from .discriminator import (GAN_LOSSES, LeCAM, PatchDiscriminator, adaptive_weig
                                            r1_penalty, ramp)
 from .drive import open_run
 from .ema import make_ema
-from .files import UserError, file_sha256, lookup
+from .files import UserError, lookup
 from .perceptual import LPIPS, available_perceptual, psnr, ssim
 from .plots import Figure, plot_runs, save_png
-from .runs import finished_numbers, load_network, load_snapshot, newest_snapshot
+from .runs import finished_numbers, load_network, load_snapshot
 from .training import Budget, Precision, Stage, fit, optimizer_step, session_end
 
 # %% ../nbs/50_train_autoencoder.ipynb #955bbe75
@@ -397,7 +397,7 @@ def load_autoencoder(
     if not isinstance(config.get("model"), dict) or "bottleneck" not in config["model"]:
         raise UserError(f"{folder} is not the run of an autoencoder: give the folder that train-autoencoder wrote.")
     autoencoder = load_network(lambda: make_autoencoder(AutoencoderConfig(**config["model"])), tensors, folder)
-    autoencoder.folder, autoencoder.sha256 = Path(folder), file_sha256(newest_snapshot(folder))
+    autoencoder.folder, autoencoder.sha256 = Path(folder), config["sha256"]
     return autoencoder.to(device).eval().requires_grad_(False)
 
 # %% ../nbs/50_train_autoencoder.ipynb #47d98dd2
