@@ -1,10 +1,12 @@
-"""What several test files share: photos on disk, one finished run, and a machine without network and downloaded weights."""
+"""What several test files share: photos on disk, one finished run, a machine without network and downloaded weights, and the size of campaigns."""
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import hypothesis
 import pytest
@@ -34,6 +36,31 @@ hypothesis.settings.register_profile("suite", deadline=None, max_examples=50)   
 hypothesis.settings.load_profile("suite")
 
 
+class Campaign(NamedTuple):
+    "How much of the random trials this run does, and the seed of all of them."
+    whole: bool
+    seed: int
+
+    def share(self, count):
+        "How many of `count` trials: a tenth, or all with `-m campaign`."
+        return count if self.whole else -(-count // 10)
+
+
+def pytest_configure(config):
+    os.environ.setdefault("CAMPAIGN_SEED", str(random.randrange(10**6)))     # the workers of xdist inherit it
+
+
+def pytest_report_header(config):
+    size = "whole" if config.option.markexpr == "campaign" else "a tenth (whole: pytest -m campaign)"
+    return f"campaigns: {size}, CAMPAIGN_SEED={os.environ['CAMPAIGN_SEED']}"
+
+
+@pytest.fixture(scope="session")
+def campaign(pytestconfig):
+    "The size and seed of the campaigns."
+    return Campaign(pytestconfig.option.markexpr == "campaign", int(os.environ["CAMPAIGN_SEED"]))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def bare_machine(tmp_path_factory):
     "No network, no weights from earlier downloads, and runs that land in a temporary folder."
@@ -54,7 +81,7 @@ def type_in(*words):
 
 
 def start(command, **options):
-    "Start a command as a process of its own, with its output at hand; one thread, so that two can run side by side."
+    "Start a command as a process of its own, with its output in a pipe and one thread, so that two can run side by side."
     def hear_ctrl_c():   # a shell that runs the tests in the background makes its children deaf to it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

@@ -31,7 +31,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from image_diffusion.autoencoder import AutoencoderConfig
-from image_diffusion.cli import user_errors
 from image_diffusion.data import load_batch, load_prepared, pack, prepare, unpack, skip_reason
 from image_diffusion.download import Download
 from image_diffusion.files import UserError, file_sha256
@@ -637,7 +636,7 @@ def attempt(bench, seed, loader, number):
     try:
         getattr(bench, loader)(rng)
         answer = None
-    except user_errors() as error:
+    except UserError as error:
         answer = str(error) if is_sentence(str(error)) else f"problem: no sentence: {error}"
     except Hang:
         answer = "problem: hang: " + traceback.format_exc(limit=-4)

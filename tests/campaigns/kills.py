@@ -11,6 +11,8 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -21,17 +23,19 @@ from image_diffusion.data import load_prepared
 from image_diffusion.latents import cache_latents
 from image_diffusion.runs import Run
 from image_diffusion.train_autoencoder import PRESETS, AutoencoderStage, load_autoencoder
-from image_diffusion.train_diffusion import DiffusionRecipe, DiffusionStage
+from image_diffusion.train_diffusion import DiffusionRecipe, DiffusionStage, sample_strip
 from image_diffusion.training import Budget, fit
 from image_diffusion.unet import UNetConfig
 
-STEPS = 100
+STEPS_PER_KILL = 5
+import_module("image_diffusion.train_diffusion").sample_strip = partial(sample_strip, steps=2)   # few, as sampling is most of the time
 tqdm.set_lock(threading.RLock())   # a life that is killed with tqdm's own lock, which forks share, would keep it forever
 SHARED = mmap.mmap(-1, 2)    # of a life and the process that kills it: steps of this life, and whether it is saving
 TINY = PRESETS["tiny-vq"]
 AUTOENCODER = replace(TINY, model=replace(TINY.model, ch=8, num_groups=4, codebook_size=32), batch_size=2, warmup_steps=10,
                       disc=replace(TINY.disc, ch=8, start=0.3, warmup=0.1, ramp=0.2, lecam_weight=0.1))
-PRIOR = DiffusionRecipe(UNetConfig(size=8, ch=16, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), num_groups=8), batch_size=4, warmup_steps=10, ema_decay=0.99)
+PRIOR = DiffusionRecipe(UNetConfig(size=8, ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(), num_groups=4),
+                        batch_size=4, warmup_steps=10, ema_decay=0.99)
 
 
 def autoencoder_stage(data, folder):
@@ -52,7 +56,7 @@ def prior_stage(data, folder):
 STAGES = {"autoencoder": autoencoder_stage, "prior": prior_stage}
 
 
-def live(stage, folder):
+def live(stage, folder, steps):
     "Train to the end, or until killed, with a checkpoint after each step; tell the killer where we are."
     save, train_step = training.save_checkpoint, stage.train_step
     def told_save(*words):
@@ -64,7 +68,7 @@ def live(stage, folder):
         SHARED[0] += 1
         return train_step(step, progress)
     training.save_checkpoint, stage.train_step = told_save, told_step
-    fit(stage, Run.open(folder, {}), Budget(steps=STEPS), save_every_minutes=0.0, log_every=5, samples=3)
+    fit(stage, Run.open(folder, {}), Budget(steps=steps), save_every_minutes=0.0, log_every=5, samples=3)
 
 
 def wait_for(true, child):
@@ -75,19 +79,19 @@ def wait_for(true, child):
     return True
 
 
-def one_life(stage, folder, chance):
+def one_life(stage, folder, steps, in_save, chance):
     "Fork a life, which has a stage of its own, and kill it; returns what it was doing: 'saving', 'training', or 'finished'."
     SHARED[0] = SHARED[1] = 0
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            live(stage, folder)
+            live(stage, folder, steps)
             code = 0
         finally:
             os._exit(code)
-    steps, in_save = chance.randint(1, 5), chance.random() < 0.4
-    if not (wait_for(lambda: SHARED[0] >= steps, child) and (not in_save or wait_for(lambda: SHARED[1], child))):
+    least = chance.randint(1, STEPS_PER_KILL - 1)
+    if not (wait_for(lambda: SHARED[0] >= least, child) and (not in_save or wait_for(lambda: SHARED[1], child))):
         return "finished"
     time.sleep(chance.uniform(0, 0.004 if in_save else 0.04))
     saving = SHARED[1]
@@ -98,14 +102,15 @@ def one_life(stage, folder, chance):
 
 def main(data, folder, seed, kills):
     "Both stages: once without interruption, once killed `kills` times."
+    steps = STEPS_PER_KILL * int(kills)
     torch.set_num_threads(1)
     data, folder, chance, counts = load_prepared(data), Path(folder), random.Random(int(seed)), {}
     sys.stderr = open(os.devnull, "w")                                            # progress bars
     for name, make in STAGES.items():
-        fit(make(data, folder), Run.open(folder / f"whole-{name}", {}), Budget(steps=STEPS), save_every_minutes=1000, log_every=5, samples=3)
+        fit(make(data, folder), Run.open(folder / f"whole-{name}", {}), Budget(steps=steps), save_every_minutes=1000, log_every=5, samples=3)
         stage = make(data, folder)
-        ends = [one_life(stage, folder / f"killed-{name}", chance) for _ in range(int(kills))]
-        live(stage, folder / f"killed-{name}")                                    # undisturbed at last
+        ends = [one_life(stage, folder / f"killed-{name}", steps, k % 5 < 2, chance) for k in range(int(kills))]
+        live(stage, folder / f"killed-{name}", steps)                                # undisturbed at last
         counts[name] = {end: ends.count(end) for end in ("saving", "training", "finished")}
     print(json.dumps(counts))
 

@@ -21,16 +21,19 @@ from urllib3.util import Retry
 FILES = 2100
 
 
-def test_thousands_of_damaged_and_hostile_files(tmp_path):
+@pytest.mark.campaign
+def test_damaged_and_hostile_files_load_or_are_refused_in_a_sentence(tmp_path, campaign):
     "See hostile.py; a crash, a hang or too much memory ends its process, and with it this test."
-    done = subprocess.run([sys.executable, Path(__file__).with_name("hostile.py"), tmp_path / "hostile", "0", str(FILES)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "agg"})
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = [sys.executable, Path(__file__).with_name("hostile.py"), tmp_path / "hostile", str(campaign.seed), str(campaign.share(FILES))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MPLBACKEND": "agg"})
+    assert done.returncode == 0, f"seed {campaign.seed}: {done.stderr[-3000:]}"
     result = json.loads(done.stdout)
-    assert result["problems"] == [], "\n".join(f"{name}: {words[-600:]}" for name, words in result["problems"][:10])
-    assert sum(loaded + refused for loaded, refused, _ in result["counts"].values()) >= 2000
-    assert all(refused for name, (_, refused, _) in result["counts"].items() if name not in ("metrics", "note"))    # these two pass over what is damaged
-    assert all(loaded for loaded, _, _ in result["counts"].values())                                                  # and the good files would load
+    assert result["problems"] == [], "\n".join(f"seed {campaign.seed}, {name}: {words[-600:]}" for name, words in result["problems"][:10])
+    assert sum(loaded + refused for loaded, refused, _ in result["counts"].values()) >= campaign.share(FILES)
+    if campaign.whole:
+        assert all(refused for name, (_, refused, _) in result["counts"].items() if name not in ("metrics", "note"))   # these two skip what is damaged
+        assert all(loaded for loaded, _, _ in result["counts"].values())                                                # and the good files would load
 
 
 # What is shown

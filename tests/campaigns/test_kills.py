@@ -1,4 +1,4 @@
-"""A training that is killed with `kill -9` 50 times, inside saves too, is to the bit the training that was left alone."""
+"""A training that is killed with `kill -9` again and again, inside saves too, is to the bit the training that was left alone."""
 import json
 import os
 import subprocess
@@ -9,20 +9,22 @@ import torch
 from conftest import ROOT
 from image_diffusion.data import prepare
 from image_diffusion.runs import Run, load_checkpoint, load_snapshot
-from kills import STEPS
+from kills import STEPS_PER_KILL
 
 KILLS = 25    # of each stage
+pytestmark = pytest.mark.campaign
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory):
-    "Both stages, each trained once whole and once killed again and again; the folder, and what each life was doing at its end."
+def killed(tmp_path_factory, campaign):
+    "Both stages, each trained once without interruption and once killed again and again: the folder, what each life was doing at its end, steps."
     folder = tmp_path_factory.mktemp("kills")
     data = prepare("synthetic", folder / "data", 32, limit=60, progress=False)
-    done = subprocess.run([sys.executable, "tests/campaigns/kills.py", data.folder, folder, "0", str(KILLS)], cwd=ROOT, capture_output=True, text=True, timeout=400,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)})
+    kills = campaign.share(KILLS)
+    done = subprocess.run([sys.executable, "tests/campaigns/kills.py", data.folder, folder, str(campaign.seed), str(kills)], cwd=ROOT, capture_output=True, text=True,
+                          timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stdout + done.stderr
-    return folder, json.loads(done.stdout.splitlines()[-1])
+    return folder, json.loads(done.stdout.splitlines()[-1]), STEPS_PER_KILL * kills
 
 
 def same(a, b):
@@ -43,16 +45,15 @@ stages = pytest.mark.parametrize("stage", ["autoencoder", "prior"])
 
 
 @stages
-def test_every_life_but_the_last_was_killed_and_some_inside_a_save(killed, stage):
-    counts = killed[1][stage]
-    print(counts)
-    assert counts["saving"] + counts["training"] == KILLS and counts["saving"] >= 5 and counts["training"] >= 5
+def test_every_life_but_the_last_was_killed_and_some_inside_a_save(killed, stage, campaign):
+    counts, kills = killed[1][stage], campaign.share(KILLS)
+    assert counts["saving"] + counts["training"] == kills and counts["saving"] >= kills // 5 and counts["training"] >= kills // 5, counts
 
 
 @stages
 def test_weights_averages_optimizers_scalers_codebook_and_usage_are_equal_to_the_bit(killed, stage):
     whole, other = (load_checkpoint(Run(killed[0] / f"{kind}-{stage}")) for kind in ("whole", "killed"))
-    assert whole["step"] == other["step"] == STEPS and whole["stage"].keys() >= {"ema", "optimizer", "scaler", "rollbacks"}
+    assert whole["step"] == other["step"] == killed[2] and whole["stage"].keys() >= {"ema", "optimizer", "scaler", "rollbacks"}
     assert [part for part in whole["stage"] if not same(whole["stage"][part], other["stage"][part])] == []
     assert same(whole["sitting"]["meter"], other["sitting"]["meter"]) and whole["sitting"]["drawn"] == other["sitting"]["drawn"]
     assert same(load_snapshot(killed[0] / f"whole-{stage}")[0], load_snapshot(killed[0] / f"killed-{stage}")[0])
@@ -62,8 +63,8 @@ def test_weights_averages_optimizers_scalers_codebook_and_usage_are_equal_to_the
 def test_no_line_of_metrics_is_doubled_missing_or_different(killed, stage):
     whole, other = (lines(killed[0] / f"{kind}-{stage}") for kind in ("whole", "killed"))
     trained, evaluated = ([line for line in other if ("progress" in line) == kind] for kind in (True, False))
-    assert trained == [line for line in whole if "progress" in line] and [line["step"] for line in trained] == list(range(5, STEPS + 1, 5))
-    assert [line["step"] for line in evaluated] == list(range(1, STEPS + 1)), "one evaluation for each checkpoint"
+    assert trained == [line for line in whole if "progress" in line] and [line["step"] for line in trained] == list(range(5, killed[2] + 1, 5))
+    assert [line["step"] for line in evaluated] == list(range(1, killed[2] + 1)), "one evaluation for each checkpoint"
     assert evaluated[-1] == whole[-1]
 
 
