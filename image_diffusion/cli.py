@@ -192,7 +192,7 @@ def prior_options(command):
     "The options of all commands that draw with a prior."
     for option in (click.option("--run", "folder", required=True, type=click.Path(path_type=Path), help="Run folder of a trained prior."),
                    click.option("--autoencoder", type=click.Path(path_type=Path), help="Its autoencoder's run folder.  [default: where it was at training]"),
-                   click.option("--average", type=float, help="Width of the average of weights, 0.01 to 0.25 of the training.  [default: the run's own]"),
+                   click.option("--ema", type=float, help="Width of the EMA profile, 0.01 to 0.25 of the training.  [default: the run's own]"),
                    click.option("--steps", default=20, type=click.IntRange(min=1), help="Noise levels visited per picture."),
                    click.option("--sampler", default="dpmpp_2m", help="dpmpp_2m, dpmpp_2m_sde, unipc, heun, euler, ddim or ddpm."),
                    click.option("--seed", default=0, type=click.IntRange(min=0), help="Picture 17 of a seed is always the same."),
@@ -236,21 +236,21 @@ def save_drawn(
 @click.option("--class", "name", help="Class of all pictures; `none` for no class.  [default: all classes in turn]")
 @click.option("--guidance", "guidances", multiple=True, type=float, help="1 = none; higher is clearer and less varied; give several for a grid of all "
               "classes at all strengths.  [default: 2.5, without classes 1]")
-def generate(folder, autoencoder, average, steps, sampler, seed, out, n, name, guidances):
+def generate(folder, autoencoder, ema, steps, sampler, seed, out, n, name, guidances):
     "Draw landscapes with a trained prior."
     from image_diffusion.generate import class_labels, generate as draw, guidance_grid, load_prior
-    prior, out = load_prior(folder, autoencoder, average=average), out or folder / f"samples-seed{seed}.png"
+    prior, out = load_prior(folder, autoencoder, ema=ema), out or folder / f"samples-seed{seed}.png"
     sampling = {"seed": seed, "steps": steps, "sampler": sampler}
     if len(guidances) > 1:
         if name:
             raise click.UsageError("Several --guidance draw all classes: leave --class out.")
         pictures, rows, _ = guidance_grid(prior, list(guidances), n or 3, **sampling)
-        return save_drawn(pictures, prior, out, (n or 3) * len(guidances), guidance=list(guidances), classes=rows, average=average, **sampling)
+        return save_drawn(pictures, prior, out, (n or 3) * len(guidances), guidance=list(guidances), classes=rows, ema=ema, **sampling)
     n = n or 27
     names = [class_name(prior, name)] * n if name or not prior.classes else [prior.classes[i % len(prior.classes)] for i in range(n)]
     guidance = guidances[0] if guidances else None
     pictures = draw(prior, class_labels(prior, names, n), guidance=guidance, progress=True, **sampling)
-    save_drawn(pictures, prior, out, 9, guidance=guidance, classes=names, average=average, **sampling)
+    save_drawn(pictures, prior, out, 9, guidance=guidance, classes=names, ema=ema, **sampling)
 
 # %% ../nbs/90_cli.ipynb #3f7aec18
 @main.command()
@@ -261,14 +261,14 @@ def generate(folder, autoencoder, average, steps, sampler, seed, out, n, name, g
 @click.option("--first", default=0, type=click.IntRange(min=0), help="Number of the picture at the start.")
 @click.option("--last", default=1, type=click.IntRange(min=0), help="Number of the picture at the end; the same as --first to change the class alone.")
 @click.option("--n", default=8, type=click.IntRange(min=2), help="Pictures, ends included.")
-def interpolate(folder, autoencoder, average, steps, sampler, seed, out, guidance, name, to, first, last, n):
+def interpolate(folder, autoencoder, ema, steps, sampler, seed, out, guidance, name, to, first, last, n):
     "Walk from one landscape to another, through noise, classes, or both."
     from image_diffusion.generate import interpolate as walk, load_prior
-    prior = load_prior(folder, autoencoder, average=average)
+    prior = load_prior(folder, autoencoder, ema=ema)
     classes = class_name(prior, name), class_name(prior, to or name)
     sampling = {"seed": seed, "steps": steps, "sampler": sampler, "guidance": guidance}
     pictures = walk(prior, classes, first, last, n, **sampling)
-    save_drawn(pictures, prior, out or folder / f"interpolation-seed{seed}.png", n, classes=classes, first=first, last=last, average=average, **sampling)
+    save_drawn(pictures, prior, out or folder / f"interpolation-seed{seed}.png", n, classes=classes, first=first, last=last, ema=ema, **sampling)
 
 
 @main.command()
@@ -278,15 +278,15 @@ def interpolate(folder, autoencoder, average, steps, sampler, seed, out, guidanc
 @CLASS
 @click.option("--noise", default=1.0, type=ABOVE_0, help="Noise level to go up to: 0.5 changes texture, 2 keeps colors and rough shapes.")
 @click.option("--n", default=4, type=click.IntRange(min=1), help="Number of pictures.")
-def vary(photo, folder, autoencoder, average, steps, sampler, seed, out, guidance, name, noise, n):
+def vary(photo, folder, autoencoder, ema, steps, sampler, seed, out, guidance, name, noise, n):
     "From PHOTO to others like it: noise it up to a level, and come back."
     from image_diffusion.generate import class_labels, load_photo, load_prior, vary as change
-    prior = load_prior(folder, autoencoder, average=average)
+    prior = load_prior(folder, autoencoder, ema=ema)
     x = load_photo(photo, prior.size).expand(n, -1, -1, -1)
     sampling = {"seed": seed, "steps": steps, "sampler": sampler, "guidance": guidance}
     pictures = change(prior, x, noise, class_labels(prior, [class_name(prior, name)] * n, n), **sampling)
     save_drawn(pictures, prior, out or folder / f"{photo.stem}-varied-seed{seed}.png", n, photo=photo.name, noise=noise,
-               classes=class_name(prior, name), average=average, **sampling)
+               classes=class_name(prior, name), ema=ema, **sampling)
 
 
 @main.command()
@@ -296,15 +296,15 @@ def vary(photo, folder, autoencoder, average, steps, sampler, seed, out, guidanc
 @GUIDED
 @CLASS
 @click.option("--n", default=4, type=click.IntRange(min=1), help="Number of pictures.")
-def inpaint(photo, mask, folder, autoencoder, average, steps, sampler, seed, out, guidance, name, n):
+def inpaint(photo, mask, folder, autoencoder, ema, steps, sampler, seed, out, guidance, name, n):
     "Draw anew what is white in MASK, a picture of the size of PHOTO; the rest of the photo stays as it is."
     from image_diffusion.generate import class_labels, inpaint as fill, load_mask, load_photo, load_prior
-    prior = load_prior(folder, autoencoder, average=average)
+    prior = load_prior(folder, autoencoder, ema=ema)
     x = load_photo(photo, prior.size).expand(n, -1, -1, -1)
     sampling = {"seed": seed, "steps": steps, "sampler": sampler, "guidance": guidance}
     pictures = fill(prior, x, load_mask(mask, photo, prior.size), class_labels(prior, [class_name(prior, name)] * n, n), **sampling)
     save_drawn(pictures, prior, out or folder / f"{photo.stem}-filled-seed{seed}.png", n, photo=photo.name, mask=mask.name,
-               classes=class_name(prior, name), average=average, **sampling)
+               classes=class_name(prior, name), ema=ema, **sampling)
 
 # %% ../nbs/90_cli.ipynb #c2a3f526
 @main.command()
@@ -313,35 +313,35 @@ def inpaint(photo, mask, folder, autoencoder, average, steps, sampler, seed, out
 @CLASS
 @click.option("--width", default=512, type=click.IntRange(min=1), help="px; a multiple of 4, or of 8 with an f = 8 autoencoder.")
 @click.option("--wrap", is_flag=True, help="All around: the right edge meets the left.")
-def panorama(folder, autoencoder, average, steps, sampler, seed, out, guidance, name, width, wrap):
+def panorama(folder, autoencoder, ema, steps, sampler, seed, out, guidance, name, width, wrap):
     "Draw one seamless landscape of any width."
     from image_diffusion.generate import class_labels, load_prior, panorama as draw
-    prior = load_prior(folder, autoencoder, average=average)
+    prior = load_prior(folder, autoencoder, ema=ema)
     label = class_labels(prior, [class_name(prior, name)], 1).item()
     sampling = {"seed": seed, "steps": steps, "sampler": sampler, "guidance": guidance}
     save_drawn(draw(prior, label, width, wrap=wrap, **sampling), prior, out or folder / f"panorama-seed{seed}.png", 1, width=width, wrap=wrap,
-               classes=class_name(prior, name), average=average, **sampling)
+               classes=class_name(prior, name), ema=ema, **sampling)
 
 
 @main.command()
 @click.option("--run", "folder", required=True, type=click.Path(path_type=Path), help="Run folder of a trained autoencoder or prior.")
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder made by `prepare`; its dev split is the reference.")
 @click.option("--n", type=click.IntRange(min=6), help="Samples drawn, or dev photos reconstructed.  [default: 2048; all]")
-@click.option("--few", is_flag=True, help="Measure even if there are fewer than 2048 pictures, too few for a Fréchet distance.")
-@click.option("--protocol", type=click.Choice(["standard", "seed"]), default="standard", help="seed: an autoencoder's rFID as the first attempt measured it, against 192 photos.")
+@click.option("--allow-small-n", is_flag=True, help="Measure even if there are fewer than 2048 images, too few for a Fréchet distance.")
+@click.option("--protocol", type=click.Choice(["standard", "192-images"]), default="standard", help="192-images: an autoencoder's rFID as the baseline jklimmek/image-diffusion measured it.")
 @click.option("--autoencoder", type=click.Path(path_type=Path), help="A prior's autoencoder's run folder.  [default: where it was at training]")
-@click.option("--average", type=float, help="Width of the average of weights, 0.01 to 0.25 of the training.  [default: the run's own]")
+@click.option("--ema", type=float, help="Width of the EMA profile, 0.01 to 0.25 of the training.  [default: the run's own]")
 @click.option("--guidance", type=float, help="1 = none.  [default: 2.5, without classes 1]")
 @click.option("--steps", default=20, type=click.IntRange(min=1), help="Noise levels visited per picture.")
 @click.option("--sampler", default="dpmpp_2m", help="dpmpp_2m, dpmpp_2m_sde, unipc, heun, euler, ddim or ddpm.")
 @click.option("--seed", default=1, type=click.IntRange(min=0))
-def evaluate(folder, data, n, few, protocol, autoencoder, average, guidance, steps, sampler, seed):
+def evaluate(folder, data, n, allow_small_n, protocol, autoencoder, ema, guidance, steps, sampler, seed):
     """Measure reconstructions or samples against dev photos: a table here, JSON with everything that made it and a figure in the run's folder `evaluation`.
 
     Stage 1: PSNR, SSIM, LPIPS, rFID. Stage 2: FID, KID, precision, recall, density, coverage. Each stands beside what real photos get."""
     from image_diffusion.data import load_prepared
     from image_diffusion.evaluate import evaluate_run, evaluation_table
-    path, content = evaluate_run(folder, load_prepared(data), n, few, protocol, autoencoder, average, guidance=guidance, steps=steps, sampler=sampler, seed=seed)
+    path, content = evaluate_run(folder, load_prepared(data), n, allow_small_n, protocol, autoencoder, ema, guidance=guidance, steps=steps, sampler=sampler, seed=seed)
     click.echo(evaluation_table(content["records"]))
     click.echo(f"JSON: {path}" + (f", figure: {path.with_suffix('.png').name}" if path.with_suffix(".png").exists() else ""))
 

@@ -60,7 +60,7 @@ def load_prior(
     folder: Path,               # the prior's run folder
     autoencoder: Path = None,   # its autoencoder's run folder; None: where it was at training, relative to `folder`
     precision: Precision = None,
-    average: float = None,      # width of the average of weights, see `reconstruct_ema`; None: the run's own
+    ema: float = None,          # width of the EMA profile, see `reconstruct_ema`; None: the run's own
 ) -> LatentDiffusion:
     "Load a prior and its autoencoder. UserError if one is missing, unfinished, or not the other's."
     precision = precision or Precision.pick()
@@ -71,7 +71,7 @@ def load_prior(
     autoencoder = load_autoencoder(autoencoder or run.folder / str(run.config.get("autoencoder")))
     if autoencoder.sha256 != config["autoencoder"]:
         raise UserError(f"The autoencoder in {autoencoder.folder} is not the one that this prior was trained with: give the right one with --autoencoder.")
-    weights = tensors if average is None else tensors | reconstruct_ema(folder, average)
+    weights = tensors if ema is None else tensors | reconstruct_ema(folder, ema)
     parts = load_network(lambda: prior_parts(config), weights, folder)
     if not (parts["scale"].std > 0).all() or autoencoder.bottleneck.z_channels != config["latent_shape"][0]:
         raise UserError(f"The snapshot in {folder} has a latent scale that cannot be, or that of another autoencoder: restore it from a copy, or train it again.")

@@ -112,12 +112,12 @@ def draw_and_measure(
     save_png(grid[0], folder / "samples.png", nrow=8, scale=max(1, 64 // data.size), info=settings)
     click.echo(f"Drew {len(grid[0])} landscapes: {folder / 'samples.png'}.")
     autoencoders = {kind.upper(): folder / f"autoencoder-{kind}" for kind in settings["bottlenecks"]}
-    records = [record for place in autoencoders.values() for record in evaluate_autoencoder(place, data, few=True)]
-    records += evaluate_prior(prior, data, settings["samples"], few=True)
+    records = [record for place in autoencoders.values() for record in evaluate_autoencoder(place, data, allow_small_n=True)]
+    records += evaluate_prior(prior, data, settings["samples"], allow_small_n=True)
     build_report(folder / "report.html", f"image_diffusion: {settings['source']}", settings, autoencoders, folder / "prior", data, records, grid)
     for record in records:
         click.echo(f"  {record['of']}: " + (record["reason"] if record["value"] is None else f"{record['name']} {record['value']:.4g}"
-                   + (f" (real photos: {record['floor']:.4g})" if "floor" in record else "")))
+                   + (f" (real photos: {record['baseline']:.4g})" if "baseline" in record else "")))
     return records
 
 # %% ../nbs/80_pipeline.ipynb #d002b98b

@@ -235,9 +235,9 @@ def metric_rows(
     "Rows of a table: name, what it is of, value, floor, and everything else as provenance."
     rows = []
     for record in records:
-        rest = {key: value for key, value in record.items() if key not in ("name", "of", "value", "error", "floor") and value is not None and not isinstance(value, list)}
+        rest = {key: value for key, value in record.items() if key not in ("name", "of", "value", "error", "baseline") and value is not None and not isinstance(value, list)}
         value = "not computed" if record["value"] is None else f"{record['value']:.4g}"
-        floor = "" if record.get("floor") is None else f"{record['floor']:.4g}"
+        floor = "" if record.get("baseline") is None else f"{record['baseline']:.4g}"
         error = "" if record.get("error") is None else f"{record['error']:.2g}"
         rows.append({"metric": record["name"], "of": record["of"], "value": value, "standard error": error, "real-vs-real floor": floor,
                      "provenance": ", ".join(f"{key}: {value}" for key, value in rest.items())})
@@ -349,7 +349,7 @@ def sampler_distances(
     longest: int = 1000,     # evaluations of the reference, DDPM
 ) -> list:                   # records with sampler, evaluations, and distance to dev
     "The distance of samples to dev photos by sampler and number of network evaluations, all from the same noise and classes."
-    records, features = [], available_features()[0].to(Precision.pick().device)
+    records, features = [], available_features(Precision.pick().device)[0]
     reference = collect_stats(in_batches(data.images, data.dev), features)
     labels = labels_of(prior, data, np.random.default_rng(seed).choice(data.train, samples))
     for sampler, evaluations in [*((name, count) for name in SAMPLERS for count in COUNTS), ("ddpm", longest)]:

@@ -125,7 +125,7 @@ class SampleMetrics:
     "What samples are measured by while training: which photos, which features, how many."
     data: ImageDataset
     features: Features
-    count: int = 2048  # samples, and as many train photos for the floor
+    count: int = 2048  # samples, and as many train photos for the baseline
     seed: int = 1      # not 0, which the pictures show
     steps: int = 20    # network evaluations for each sample
     batch_size: int = 64   # samples drawn at a time; they are saved after every eighth
@@ -136,11 +136,11 @@ class SampleMetrics:
         return torch.as_tensor(self.data.labels[rows], dtype=torch.long)
 
     def numbers(self, stats) -> dict:
-        "Fréchet distance with its floor, and kernel distance with its standard error, of statistics with vectors."
+        "Fréchet distance with its real-vs-real baseline, and kernel distance with its standard error, of statistics with vectors."
         dev, train = (photo_stats(self.data, split, self.features, count) for split, count in (("dev", None), ("train", self.count)))
         distance, error = kid(stats.features, dev.features)
         name, kernel_name = self.features.name, self.features.kernel_name
-        return {name: frechet_distance(stats, dev), f"{name}_floor": frechet_distance(train, dev), kernel_name: distance, f"{kernel_name}_error": error,
+        return {name: frechet_distance(stats, dev), f"{name}_baseline": frechet_distance(train, dev), kernel_name: distance, f"{kernel_name}_error": error,
                 "measured_samples": stats.num_images}
 
 # %% ../nbs/65_train_diffusion.ipynb #63a236bb
@@ -271,7 +271,7 @@ TRENDS = {   # title -> numbers of metrics.jsonl
     "gradient norm (before clipping)": ["grad_norm"],
     "dev loss by noise, low to high": [f"dev_loss_band{i}" for i in range(4)],
     "learning rate": ["lr"],
-    "distance of samples, and its floor": ["FID", "FID_floor", "FD-lite0", "FD-lite0_floor", "FD-random", "FD-random_floor"],   # where it was measured
+    "distance of samples, and its real-vs-real baseline": ["FID", "FID_baseline", "FD-lite0", "FD-lite0_baseline", "FD-random", "FD-random_baseline"],   # where it was measured
 }
 
 

@@ -4,7 +4,7 @@
 
 Each contestant is trained for the same minutes from the same seed on the latents of one autoencoder, one after the other, and draws the same
 number of samples (classes in the proportions of the train split, EMA weights, DPM-Solver++(2M), 20 evaluations, guidance 2 or `--guidance`), which are
-compared with the dev photos: FD-lite0, FD-random, KID, and how often the asked class is recognized. With `--one-core` each trains on one core and for minutes
+compared with the dev photos: FD-lite0, FD-random, KID, and class accuracy. With `--one-core` each trains on one core and for minutes
 of that core's time, whatever else the machine does. The same command again goes on. Without names it lists the contestants.
 """
 import argparse
@@ -75,13 +75,14 @@ def as_prior(stage, recipe, step):
 
 
 def measure(prior, data, samples, guidance, seed=1):
-    "The distances of samples to the dev photos, and how often their class is recognized."
+    "The distances of samples to the dev photos, and their class accuracy."
     labels = labels_of(prior, data, np.random.default_rng(seed).choice(data.train, samples))
     images = to_bytes(generate(prior, labels, seed, guidance=guidance)).numpy()
-    stats = {features.name: (collect_stats(in_batches(images), features, keep=True), photo_stats(data, "dev", features)) for features in (Lite0Features(), RandomFeatures())}
+    lite0 = Lite0Features()
+    stats = {features.name: (collect_stats(in_batches(images), features, keep=True), photo_stats(data, "dev", features)) for features in (lite0, RandomFeatures())}
     distance, error = kid(*(side.features for side in stats["FD-lite0"]))
     return {"guidance": guidance, "samples": samples, **{name: frechet_distance(*sides) for name, sides in stats.items()}, "KID-lite0": distance, "KID-error": error,
-            "class": class_accuracy(images, labels.cpu(), prior, data)["value"] if prior.classes else None}
+            "class_accuracy": class_accuracy(stats["FD-lite0"][0].features, labels.cpu(), prior, data, lite0)["value"] if prior.classes else None}
 
 
 def train(name, data, latents, autoencoder, minutes, samples, guidances, out):

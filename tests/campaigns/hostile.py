@@ -397,8 +397,8 @@ class Bench:
         self.rewrite_tensors(rng, next((folder / "snapshots").iterdir()))
         self.draw(folder, autoencoder)
 
-    def draw(self, folder, autoencoder=None, average=None):
-        prior = load_prior(folder, autoencoder, Precision(), average)
+    def draw(self, folder, autoencoder=None, ema=None):
+        prior = load_prior(folder, autoencoder, Precision(), ema)
         names = prior.classes[:1] or [None]
         x = generate(prior, class_labels(prior, names, 1), steps=2)
         assert x.isfinite().all() and x.shape == (1, 3, prior.size, prior.size)

@@ -52,7 +52,7 @@ def test_every_metric_says_what_it_is_of_and_how_it_was_made(metrics):
         if "FD-" in record["name"]:
             assert {"n", "n_reference", "dim", "features"} <= record.keys() and np.isfinite(record["value"])
         if record["name"] == "FD-random":
-            assert record["n"] == 24 and np.isfinite(record["floor"]) and {"sampler", "steps", "guidance"} <= record.keys()
+            assert record["n"] == 24 and np.isfinite(record["baseline"]) and {"sampler", "steps", "guidance"} <= record.keys()
 
 
 def test_fid_without_its_weights_is_not_computed_and_says_why(metrics, report):
@@ -89,7 +89,7 @@ def test_generate_draws_the_same_pictures_again(whole_run, tmp_path):
 
 
 def test_evaluate_prints_a_line_per_distance_and_writes_them_as_json(whole_run):
-    result = type_in("evaluate", "--run", whole_run / "prior", "--data", whole_run / "data", "--n", 8, "--steps", 4, "--few")
+    result = type_in("evaluate", "--run", whole_run / "prior", "--data", whole_run / "data", "--n", 8, "--steps", 4, "--allow-small-n")
     assert result.exit_code == 0, result.output
     path, = (whole_run / "prior/evaluation").glob("*.json")
     records = json.loads(path.read_text())["records"]

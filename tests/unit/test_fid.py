@@ -15,8 +15,8 @@ from cleanfid.resize import build_resizer
 from conftest import NARROW_FIRST, type_in
 from image_diffusion.data import prepare
 from image_diffusion.landscapes import synthetic_landscapes
-from image_diffusion.features import INCEPTION, InceptionFeatures, ModuleFeatures, RandomFeatures, picture_bytes, resized
-from image_diffusion.fid import ENOUGH, FeatureStats, collect_samples, collect_stats, frechet_distance, kid, prdc, photo_stats
+from image_diffusion.features import INCEPTION, InceptionFeatures, ModuleFeatures, RandomFeatures, as_uint8, resized
+from image_diffusion.fid import MIN_IMAGES, FeatureStats, collect_samples, collect_stats, frechet_distance, kid, prdc, photo_stats
 from image_diffusion.files import UserError
 from image_diffusion.perceptual import WeightsError, WeightsFile
 from image_diffusion.runs import Run, read_metrics
@@ -131,7 +131,7 @@ def test_clean_resizing_is_clean_fids(size):
     (torch.zeros(2, 8, 8, 3), "float"), (np.zeros((2, 8, 8, 1), np.uint8), "uint8")], ids=["unit", "bytes as floats", "nan", "channels last", "gray"])
 def test_wrong_pictures_are_told(wrong, words):
     with pytest.raises(UserError, match=words):
-        picture_bytes(wrong)
+        as_uint8(wrong)
 
 
 @pytest.mark.parametrize("wrong, words", [(torch.zeros(4, 8, dtype=torch.float16), "half precision"), (torch.zeros(4, 8, dtype=torch.bfloat16), "half precision"),
@@ -218,7 +218,7 @@ def test_samples_are_measured_while_training_where_it_is_asked_for(runs, tmp_pat
     measured = [record for record in read_metrics(Run.load(runs / "prior")) if "FD-random" in record or "FD-lite0" in record]
     assert [record["step"] for record in measured] == [2, 4] and all(record["measured_samples"] == 24 for record in measured)
     name = "FD-lite0" if "FD-lite0" in measured[0] else "FD-random"
-    assert measured[0][f"{name}_floor"] == measured[1][f"{name}_floor"] < measured[0][name] != measured[1][name]
+    assert measured[0][f"{name}_baseline"] == measured[1][f"{name}_baseline"] < measured[0][name] != measured[1][name]
 
 
 KILLED = NARROW_FIRST + """
@@ -271,27 +271,27 @@ def evaluated(*words):
 def test_evaluate_a_prior(runs):
     words = ("--run", runs / "prior", "--data", runs / "data", "--n", 24, "--steps", 2)
     refused = type_in("evaluate", *words)
-    assert refused.exit_code == 1 and str(ENOUGH) in refused.output and "--few" in refused.output
-    content, output, path = evaluated(*words, "--few")
+    assert refused.exit_code == 1 and str(MIN_IMAGES) in refused.output and "--allow-small-n" in refused.output
+    content, output, path = evaluated(*words, "--allow-small-n")
     records = {record["name"]: record for record in content["records"]}
     best = next(name for name in ("FID", "FD-lite0", "FD-random") if records.get(name, {}).get("value") is not None)
     assert {"FID", "FD-random", best.replace("FD", "KD"), *(f"{share}, {best}" for share in ("precision", "recall", "density", "coverage"))} <= records.keys()
-    assert records[best]["n"] == records[best]["n_floor"] == 24 and records[best]["biased"] and records[best]["floor"] < records[best]["value"]
+    assert records[best]["n"] == records[best]["n_baseline"] == 24 and records[best]["biased"] and records[best]["baseline"] < records[best]["value"]
     assert records[best.replace("FD", "KD")]["error"] > 0 and len(records[best]["curve"]) == 7
-    assert content["asked"]["few"] and content["data"]["sha256"] and content["snapshot_sha256"] and torch.__version__.startswith(content["versions"]["torch"])
+    assert content["settings"]["allow_small_n"] and content["data"]["sha256"] and content["snapshot_sha256"] and torch.__version__.startswith(content["versions"]["torch"])
     assert f"{records[best]['value']:.4g}" in output and "fewer than" in output
     before = open(path).read()
-    assert evaluated(*words, "--few")[2] == path and open(path).read() == before      # the same command again
+    assert evaluated(*words, "--allow-small-n")[2] == path and open(path).read() == before      # the same command again
 
 
-def test_evaluate_an_autoencoder_and_the_number_of_the_first_attempt(runs):
-    words = ("--run", runs / "kl", "--data", runs / "data", "--few")
+def test_evaluate_an_autoencoder_and_the_192_images_protocol(runs):
+    words = ("--run", runs / "kl", "--data", runs / "data", "--allow-small-n")
     content, _, path = evaluated(*words)
     records = {record["name"]: record for record in content["records"]}
     assert {"PSNR, dB", "SSIM", "LPIPS", "rFID", "rFD-random"} <= records.keys() and records["PSNR, dB"]["error"] > 0
     assert records["rFD-random"]["n"] == records["rFD-random"]["n_reference"] == content["data"]["num_dev"] and open(path.replace(".json", ".png"), "rb").read(4) == b"\x89PNG"
-    seed, _, _ = evaluated(*words, "--protocol", "seed")
-    first = next(record for record in seed["records"] if record["name"] == "rFD-random")
-    assert first["floor"] < 1e-9 and first["n_reference"] == 20                       # so few that the first 192 are all
-    refused = type_in("evaluate", "--run", runs / "prior", "--data", runs / "data", "--protocol", "seed")
+    small, _, _ = evaluated(*words, "--protocol", "192-images")
+    first = next(record for record in small["records"] if record["name"] == "rFD-random")
+    assert first["baseline"] < 1e-9 and first["n_reference"] == 20                       # so few that the first 192 are all
+    refused = type_in("evaluate", "--run", runs / "prior", "--data", runs / "data", "--protocol", "192-images")
     assert refused.exit_code == 1 and "autoencoder" in refused.output

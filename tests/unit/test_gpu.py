@@ -157,7 +157,7 @@ def test_everything_one_can_do_with_a_prior(runs, photos):
 
 def test_a_run_is_evaluated(landscapes, runs):
     for folder in (runs / "kl", runs / "prior"):
-        assert evaluate_run(folder, landscapes, count=64, few=True)[1]["records"]
+        assert evaluate_run(folder, landscapes, count=64, allow_small_n=True)[1]["records"]
 
 
 @pytest.mark.parametrize("preset", ["lhq128-fast-kl", "lhq128-kl"])

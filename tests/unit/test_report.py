@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 from conftest import SIZE, type_in
-from image_diffusion import generate
+from image_diffusion import report
 from image_diffusion.data import prepare
 from image_diffusion.features import RandomFeatures
 from image_diffusion.generate import load_prior
@@ -48,7 +48,7 @@ def test_each_figure_of_a_prior_comes_from_a_command(whole_run, tmp_path, name):
 
 
 def test_samplers_are_compared_at_equal_evaluations(whole_run, prepared, monkeypatch):
-    monkeypatch.setattr(generate, "available_features", lambda: [RandomFeatures()])         # a distance of its 256 numbers takes a schedule_position, of lite0's 1,280 a second
+    monkeypatch.setattr(report, "available_features", lambda device: [RandomFeatures()])     # its 256 numbers take a moment, the 1,280 of lite0 a second
     prior = load_prior(whole_run / "prior")
     records = sampler_distances(prior, prepared, samples=4, longest=12)
     assert {(r["sampler"], r["evaluations"]) for r in records} >= {("heun", 5), ("heun", 9), ("dpmpp_2m", 20), ("ddpm", 12)}

@@ -10,6 +10,8 @@ from image_diffusion.data import prepare
 from image_diffusion.diffusion import LOSS_WEIGHTS, NOISE_LEVELS, PARAMETERIZATIONS
 from image_diffusion.files import UserError
 from image_diffusion.evaluate import class_accuracy, show_nearest
+from image_diffusion.features import available_features
+from image_diffusion.fid import collect_features
 from image_diffusion.generate import class_labels, generate, inpaint, labels_of, load_prior, panorama, vary
 from image_diffusion.latents import load_latents
 from image_diffusion.runs import Run, read_metrics
@@ -75,7 +77,7 @@ def test_dev_loss_is_one_measure_for_all_recipes(home, data):
 def test_averages_are_kept_and_mixed(home):
     files = sorted((home / "prior/averages").glob("*.safetensors"))
     assert {path.stem.split("-")[1] for path in files} == {"0.05", "0.1"} and max(int(path.stem[5:12]) for path in files) == 12
-    mixed, own = reconstruct_ema(home / "prior", 0.1), load_prior(home / "prior", average=0.1, precision=Precision())
+    mixed, own = reconstruct_ema(home / "prior", 0.1), load_prior(home / "prior", ema=0.1, precision=Precision())
     from safetensors.torch import load_file
     last = load_file(home / "prior/averages/step_0000012-0.1.safetensors")
     for name, tensor in last.items():                                              # a width that was kept comes back as it was
@@ -110,10 +112,11 @@ def test_sampling_refuses_what_cannot_be(prior, home, data):
     assert generate(plain, class_labels(plain, None, 1), steps=2).shape == (1, 3, 32, 32)
 
 
-def test_the_probe_knows_photos_and_is_not_fooled_by_other_labels(prior, data):
-    images, labels = data.images[data.dev], labels_of(prior, data, data.dev)
-    right, wrong = class_accuracy(images, labels, prior, data), class_accuracy(images, (labels + 1) % len(prior.classes), prior, data)
-    assert right["value"] == right["floor"] > 0.8 and wrong["value"] < 0.2
+def test_class_accuracy_is_high_for_photos_and_low_for_other_labels(prior, data):
+    features, labels = available_features()[-2:][0], labels_of(prior, data, data.dev)
+    vectors = collect_features(data.images[data.dev], features)
+    right, wrong = (class_accuracy(vectors, asked, prior, data, features) for asked in (labels, (labels + 1) % len(prior.classes)))
+    assert right["value"] == right["baseline"] > 0.8 and wrong["value"] < 0.2
 
 
 def test_a_copied_photo_is_its_own_nearest(data):
@@ -141,7 +144,7 @@ def test_commands_draw_and_note_their_settings(home, data, prior, tmp_path):
     Image.fromarray(np.pad(np.full((32, 32), 255, np.uint8), 16)).save(mask)
     out, (some, other) = tmp_path / "out.png", (prior.classes[0], prior.classes[-1])
     for words, size in ((["generate", "--n", "2"], None), (["generate", "--n", "2", "--class", "none"], None),
-                        (["generate", "--n", "1", "--guidance", "1", "--guidance", "3"], None), (["generate", "--n", "1", "--average", "0.1"], None),
+                        (["generate", "--n", "1", "--guidance", "1", "--guidance", "3"], None), (["generate", "--n", "1", "--ema", "0.1"], None),
                         (["interpolate", "--to", other, "--n", "3"], None), (["vary", str(photo), "--n", "2", "--class", some], None),
                         (["inpaint", str(photo), str(mask), "--n", "2"], None), (["panorama", "--width", "96"], (96, 32)),
                         (["panorama", "--width", "64", "--wrap"], (64, 32))):
@@ -155,7 +158,7 @@ def test_commands_draw_and_note_their_settings(home, data, prior, tmp_path):
 
 
 @pytest.mark.parametrize("words, answer", [
-    (["generate", "--class", "moon"], "classes are"), (["generate", "--class", "sea", "--guidance", "1", "--guidance", "2"], "leave --class out"), (["generate", "--sampler", "magic"], "choose one of"), (["generate", "--average", "3"], "between"),
+    (["generate", "--class", "moon"], "classes are"), (["generate", "--class", "sea", "--guidance", "1", "--guidance", "2"], "leave --class out"), (["generate", "--sampler", "magic"], "choose one of"), (["generate", "--ema", "3"], "between"),
     (["vary", "nowhere.jpg"], "no picture"), (["vary", "TEXT"], "cannot be used"), (["vary", "ONE"], "smaller than"), (["inpaint", "PHOTO", "ONE"], "cannot be used"),
     (["inpaint", "PHOTO", "WIDE"], "photo's size"), (["panorama", "--width", "31"], "multiple"), (["generate", "--autoencoder", "nowhere"], "nowhere")])
 def test_commands_answer_mistakes_in_one_sentence(home, data, tmp_path, words, answer):
