@@ -6,7 +6,7 @@
 __all__ = ['ABOVE_0', 'HOURS', 'CLASS', 'GUIDED', 'RUNS', 'Commands', 'Hours', 'minutes', 'sitting_option', 'run_option',
            'source_options', 'under_root', 'main', 'demo', 'run_command', 'prepare', 'training_options',
            'train_autoencoder', 'train_diffusion', 'prior_options', 'class_name', 'save_drawn', 'generate',
-           'interpolate', 'vary', 'inpaint', 'panorama', 'evaluate', 'plan', 'doctor', 'figure']
+           'interpolate', 'img2img', 'inpaint', 'panorama', 'evaluate', 'plan', 'doctor', 'figure']
 
 # %% ../nbs/90_cli.ipynb #acd8d9c9
 import sys
@@ -238,8 +238,8 @@ def save_drawn(
               "classes at all strengths.  [default: 2.5, without classes 1]")
 def generate(folder, autoencoder, ema, steps, sampler, seed, out, n, name, guidances):
     "Draw landscapes with a trained prior."
-    from image_diffusion.generate import class_labels, generate as draw, guidance_grid, load_prior
-    prior, out = load_prior(folder, autoencoder, ema=ema), out or folder / f"samples-seed{seed}.png"
+    from image_diffusion.generate import LatentDiffusion, class_labels, generate as draw, guidance_grid
+    prior, out = LatentDiffusion.from_pretrained(folder, autoencoder, ema=ema), out or folder / f"samples-seed{seed}.png"
     sampling = {"seed": seed, "steps": steps, "sampler": sampler}
     if len(guidances) > 1:
         if name:
@@ -263,8 +263,8 @@ def generate(folder, autoencoder, ema, steps, sampler, seed, out, n, name, guida
 @click.option("--n", default=8, type=click.IntRange(min=2), help="Pictures, ends included.")
 def interpolate(folder, autoencoder, ema, steps, sampler, seed, out, guidance, name, to, first, last, n):
     "Walk from one landscape to another, through noise, classes, or both."
-    from image_diffusion.generate import interpolate as walk, load_prior
-    prior = load_prior(folder, autoencoder, ema=ema)
+    from image_diffusion.generate import LatentDiffusion, interpolate as walk
+    prior = LatentDiffusion.from_pretrained(folder, autoencoder, ema=ema)
     classes = class_name(prior, name), class_name(prior, to or name)
     sampling = {"seed": seed, "steps": steps, "sampler": sampler, "guidance": guidance}
     pictures = walk(prior, classes, first, last, n, **sampling)
@@ -278,13 +278,13 @@ def interpolate(folder, autoencoder, ema, steps, sampler, seed, out, guidance, n
 @CLASS
 @click.option("--noise", default=1.0, type=ABOVE_0, help="Noise level to go up to: 0.5 changes texture, 2 keeps colors and rough shapes.")
 @click.option("--n", default=4, type=click.IntRange(min=1), help="Number of pictures.")
-def vary(photo, folder, autoencoder, ema, steps, sampler, seed, out, guidance, name, noise, n):
+def img2img(photo, folder, autoencoder, ema, steps, sampler, seed, out, guidance, name, noise, n):
     "From PHOTO to others like it: noise it up to a level, and come back."
-    from image_diffusion.generate import class_labels, load_photo, load_prior, vary as change
-    prior = load_prior(folder, autoencoder, ema=ema)
+    from image_diffusion.generate import LatentDiffusion, class_labels, img2img as edit, load_photo
+    prior = LatentDiffusion.from_pretrained(folder, autoencoder, ema=ema)
     x = load_photo(photo, prior.size).expand(n, -1, -1, -1)
     sampling = {"seed": seed, "steps": steps, "sampler": sampler, "guidance": guidance}
-    pictures = change(prior, x, noise, class_labels(prior, [class_name(prior, name)] * n, n), **sampling)
+    pictures = edit(prior, x, class_labels(prior, [class_name(prior, name)], n), noise, **sampling)
     save_drawn(pictures, prior, out or folder / f"{photo.stem}-varied-seed{seed}.png", n, photo=photo.name, noise=noise,
                classes=class_name(prior, name), ema=ema, **sampling)
 
@@ -298,8 +298,8 @@ def vary(photo, folder, autoencoder, ema, steps, sampler, seed, out, guidance, n
 @click.option("--n", default=4, type=click.IntRange(min=1), help="Number of pictures.")
 def inpaint(photo, mask, folder, autoencoder, ema, steps, sampler, seed, out, guidance, name, n):
     "Draw anew what is white in MASK, a picture of the size of PHOTO; the rest of the photo stays as it is."
-    from image_diffusion.generate import class_labels, inpaint as fill, load_mask, load_photo, load_prior
-    prior = load_prior(folder, autoencoder, ema=ema)
+    from image_diffusion.generate import LatentDiffusion, class_labels, inpaint as fill, load_mask, load_photo
+    prior = LatentDiffusion.from_pretrained(folder, autoencoder, ema=ema)
     x = load_photo(photo, prior.size).expand(n, -1, -1, -1)
     sampling = {"seed": seed, "steps": steps, "sampler": sampler, "guidance": guidance}
     pictures = fill(prior, x, load_mask(mask, photo, prior.size), class_labels(prior, [class_name(prior, name)] * n, n), **sampling)
@@ -315,8 +315,8 @@ def inpaint(photo, mask, folder, autoencoder, ema, steps, sampler, seed, out, gu
 @click.option("--wrap", is_flag=True, help="All around: the right edge meets the left.")
 def panorama(folder, autoencoder, ema, steps, sampler, seed, out, guidance, name, width, wrap):
     "Draw one seamless landscape of any width."
-    from image_diffusion.generate import class_labels, load_prior, panorama as draw
-    prior = load_prior(folder, autoencoder, ema=ema)
+    from image_diffusion.generate import LatentDiffusion, class_labels, panorama as draw
+    prior = LatentDiffusion.from_pretrained(folder, autoencoder, ema=ema)
     label = class_labels(prior, [class_name(prior, name)], 1).item()
     sampling = {"seed": seed, "steps": steps, "sampler": sampler, "guidance": guidance}
     save_drawn(draw(prior, label, width, wrap=wrap, **sampling), prior, out or folder / f"panorama-seed{seed}.png", 1, width=width, wrap=wrap,

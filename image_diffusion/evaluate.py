@@ -23,7 +23,7 @@ from .fid import (MIN_IMAGES, NUM_ORIGINALS, bias_curve, check_num_images, colle
                                  collect_stats, distance_record, extrapolate_to_infinity, frechet_distance, key_digest, kid,
                                  photo_stats, prdc, to_bytes_truncated)
 from .files import UserError, file_sha256, read_json, write_atomic, write_json
-from .generate import LatentDiffusion, generate, labels_of, load_prior
+from .generate import LatentDiffusion, generate, labels_of
 from .perceptual import VGG16, available_perceptual, psnr, ssim
 from .plots import Figure, figure_png, show_images
 from .runs import Run, kind_of_run, load_snapshot, newest_snapshot
@@ -276,7 +276,7 @@ def evaluate_run(
     allow_small_n: bool = False,    # whether too few pictures for a distance are wanted all the same
     protocol: str = "standard",    # or `192-images`, see `evaluate_192_images`
     autoencoder: Path = None,      # of a prior, if it lies elsewhere than at training
-    ema: float = None,         # see `load_prior`
+    ema: float = None,         # see `LatentDiffusion.from_pretrained`
     **sampling,                    # seed, guidance, steps, sampler of `evaluate_prior`
 ) -> tuple:                        # (path of the JSON, its content)
     "Measure a run and write `evaluation/….json` and `.png` into its folder; the same call again returns what is there. UserError, UserError as for what it calls."
@@ -291,7 +291,7 @@ def evaluate_run(
     if protocol == "192-images":
         records, picture = evaluate_192_images(folder, data), None
     elif kind == "prior":
-        prior, kept = load_prior(folder, autoencoder, ema=ema), path.with_suffix(".npz")
+        prior, kept = LatentDiffusion.from_pretrained(folder, autoencoder, ema=ema), path.with_suffix(".npz")
         records = evaluate_prior(prior, data, count, allow_small_n=allow_small_n, curves=True, kept=kept, key=facts, **sampling)
         picture = plot_evaluation(records)
         kept.unlink(missing_ok=True)

@@ -103,11 +103,11 @@ def draw_and_measure(
 ) -> list:
     "Draw the final grid, measure reconstructions and samples, write the report; returns the metrics."
     from image_diffusion.evaluate import evaluate_autoencoder, evaluate_prior
-    from image_diffusion.generate import class_grid, load_prior
+    from image_diffusion.generate import LatentDiffusion, class_grid
     from image_diffusion.report import build_report
     from image_diffusion.plots import save_png
 
-    prior = load_prior(folder / "prior")
+    prior = LatentDiffusion.from_pretrained(folder / "prior")
     grid = class_grid(prior)
     save_png(grid[0], folder / "samples.png", nrow=8, scale=max(1, 64 // data.size), info=settings)
     click.echo(f"Drew {len(grid[0])} landscapes: {folder / 'samples.png'}.")

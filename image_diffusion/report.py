@@ -27,8 +27,7 @@ from .diagnostics import DIAGNOSTIC_PANELS, NO_PROBLEMS, diagnose
 from .features import available_features, in_batches
 from .fid import collect_stats, frechet_distance
 from .files import UserError, lookup, write_atomic
-from .generate import (LatentDiffusion, class_grid, class_labels, decode, generate,
-                                      labels_of, load_prior, panorama)
+from .generate import LatentDiffusion, class_grid, class_labels, decode, generate, labels_of, panorama
 from .landscapes import synthetic_landscapes
 from .latents import show_latents
 from .perceptual import psnr
@@ -426,7 +425,7 @@ def prior_figure(
     "A figure of stage 2."
     if name == "trends_stage2":
         return plot_prior_trends(records_of(runs))
-    prior = load_prior(next(iter(runs.values())).folder)
+    prior = LatentDiffusion.from_pretrained(next(iter(runs.values())).folder)
     if name in PRIOR_FIGURES:
         return PRIOR_FIGURES[name](prior, seed)
     if data is None:

@@ -39,7 +39,7 @@ from image_diffusion.photos import csv_labels, open_source, try_photo
 from image_diffusion.features import RandomFeatures
 from image_diffusion.fid import collect_stats, frechet_distance, reference_stats
 from image_diffusion.diagnostics import diagnose_runs
-from image_diffusion.generate import class_labels, generate, load_mask, load_photo, load_prior
+from image_diffusion.generate import LatentDiffusion, class_labels, generate, load_mask, load_photo
 from image_diffusion.runs import name_runs
 from image_diffusion.latents import cache_latents, load_latents
 from image_diffusion.perceptual import WeightsFile
@@ -398,7 +398,7 @@ class Bench:
         self.draw(folder, autoencoder)
 
     def draw(self, folder, autoencoder=None, ema=None):
-        prior = load_prior(folder, autoencoder, Precision(), ema)
+        prior = LatentDiffusion.from_pretrained(folder, autoencoder, Precision(), ema)
         names = prior.classes[:1] or [None]
         x = generate(prior, class_labels(prior, names, 1), steps=2)
         assert x.isfinite().all() and x.shape == (1, 3, prior.size, prior.size)

@@ -44,7 +44,7 @@ def test_help_takes_less_than_a_second():
 
 
 def test_there_are_the_promised_commands():
-    assert set(main.commands) == {"demo", "run", "prepare", "plan", "train-autoencoder", "train-diffusion", "generate", "interpolate", "vary",
+    assert set(main.commands) == {"demo", "run", "prepare", "plan", "train-autoencoder", "train-diffusion", "generate", "interpolate", "img2img",
                                   "inpaint", "panorama", "evaluate", "doctor", "figure"}
     assert all(name in type_in("--help").output for name in main.commands)
 

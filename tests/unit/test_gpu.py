@@ -11,7 +11,7 @@ from conftest import SIZE
 from image_diffusion.autoencoder import make_autoencoder
 from image_diffusion.data import prepare
 from image_diffusion.evaluate import evaluate_run
-from image_diffusion.generate import class_labels, generate, inpaint, interpolate, load_photo, load_prior, panorama, vary
+from image_diffusion.generate import LatentDiffusion, class_labels, generate, img2img, inpaint, interpolate, load_photo, panorama
 from image_diffusion.latents import cache_latents
 from image_diffusion.perceptual import LPIPS
 from image_diffusion.runs import Run, finished_numbers, read_metrics
@@ -137,19 +137,19 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been(landscapes, runs, tmp_
 def test_a_prior_draws_the_same_pictures_on_gpu_and_cpu(runs):
     drawn = []
     for precision in (Precision(), T4):
-        prior = load_prior(runs / "prior", precision=precision)
+        prior = LatentDiffusion.from_pretrained(runs / "prior", precision=precision)
         drawn.append(generate(prior, class_labels(prior, prior.classes, None), steps=10))
     assert drawn[1].device.type == "cpu"
     assert (drawn[0] - drawn[1]).abs().mean() < 0.05
 
 
 def test_everything_one_can_do_with_a_prior(runs, photos):
-    prior = load_prior(runs / "prior")
+    prior = LatentDiffusion.from_pretrained(runs / "prior")
     x, labels = load_photo(next((photos / "sea").glob("0*.jpg")), prior.size), class_labels(prior, ["sea"], 1)
     mask = torch.zeros(1, 1, prior.size, prior.size)
     mask[..., : prior.size // 2] = 1
     assert generate(prior, labels, sampler="dpmpp_2m_sde", steps=5).shape == x.shape
-    assert vary(prior, x, 1.0, labels, steps=5).shape == x.shape
+    assert img2img(prior, x, labels, strength=0.6, steps=5).shape == x.shape
     assert torch.equal(inpaint(prior, x, mask, labels, steps=5)[..., prior.size // 2:], x[..., prior.size // 2:])
     assert interpolate(prior, ("sea", "lake"), 0, 1, n=4, steps=5).shape == (4, *x.shape[1:])
     assert panorama(prior, 0, 3 * prior.size, wrap=True, steps=5).shape == (1, 3, prior.size, 3 * prior.size)

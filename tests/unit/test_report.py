@@ -8,7 +8,7 @@ from conftest import SIZE, type_in
 from image_diffusion import report
 from image_diffusion.data import prepare
 from image_diffusion.features import RandomFeatures
-from image_diffusion.generate import load_prior
+from image_diffusion.generate import LatentDiffusion
 from image_diffusion.report import AUTOENCODER_FIGURES, PRIOR_FIGURES, originals, plot_samplers, sampler_distances
 from image_diffusion.runs import name_runs
 from image_diffusion.sampling import SAMPLERS
@@ -49,7 +49,7 @@ def test_each_figure_of_a_prior_comes_from_a_command(whole_run, tmp_path, name):
 
 def test_samplers_are_compared_at_equal_evaluations(whole_run, prepared, monkeypatch):
     monkeypatch.setattr(report, "available_features", lambda device: [RandomFeatures()])     # its 256 numbers take a moment, the 1,280 of lite0 a second
-    prior = load_prior(whole_run / "prior")
+    prior = LatentDiffusion.from_pretrained(whole_run / "prior")
     records = sampler_distances(prior, prepared, samples=4, longest=12)
     assert {(r["sampler"], r["evaluations"]) for r in records} >= {("heun", 5), ("heun", 9), ("dpmpp_2m", 20), ("ddpm", 12)}
     assert all(np.isfinite(r["distance"]) for r in records)

@@ -12,7 +12,7 @@ from image_diffusion.files import UserError
 from image_diffusion.evaluate import class_accuracy, show_nearest
 from image_diffusion.features import available_features
 from image_diffusion.fid import collect_features
-from image_diffusion.generate import class_labels, generate, inpaint, labels_of, load_prior, panorama, vary
+from image_diffusion.generate import LatentDiffusion, class_labels, generate, img2img, inpaint, labels_of, panorama
 from image_diffusion.latents import load_latents
 from image_diffusion.runs import Run, read_metrics
 from image_diffusion.train_autoencoder import load_autoencoder, train_autoencoder
@@ -40,7 +40,7 @@ def data(home):
 
 @pytest.fixture(scope="module")
 def prior(home):
-    return load_prior(home / "prior", precision=Precision())
+    return LatentDiffusion.from_pretrained(home / "prior", precision=Precision())
 
 
 def stage_of(home, data, **recipe):
@@ -77,7 +77,7 @@ def test_dev_loss_is_one_measure_for_all_recipes(home, data):
 def test_averages_are_kept_and_mixed(home):
     files = sorted((home / "prior/averages").glob("*.safetensors"))
     assert {path.stem.split("-")[1] for path in files} == {"0.05", "0.1"} and max(int(path.stem[5:12]) for path in files) == 12
-    mixed, own = reconstruct_ema(home / "prior", 0.1), load_prior(home / "prior", ema=0.1, precision=Precision())
+    mixed, own = reconstruct_ema(home / "prior", 0.1), LatentDiffusion.from_pretrained(home / "prior", ema=0.1, precision=Precision())
     from safetensors.torch import load_file
     last = load_file(home / "prior/averages/step_0000012-0.1.safetensors")
     for name, tensor in last.items():                                              # a width that was kept comes back as it was
@@ -99,8 +99,9 @@ def test_fp16_with_a_scaler_on_the_cpu(home, data):
 def test_sampling_refuses_what_cannot_be(prior, home, data):
     labels = class_labels(prior, prior.classes[:1], 1)
     for wrong, words in ((lambda: generate(prior, labels, steps=0), "at least one step"),
-                         (lambda: vary(prior, torch.zeros(1, 3, 8, 8), 1.0, labels), "not \\(3, 8, 8\\)"),
-                         (lambda: vary(prior, torch.zeros(1, 3, 32, 32), 500.0, labels), "at most"),
+                         (lambda: img2img(prior, torch.zeros(1, 3, 8, 8), labels), "not \\(3, 8, 8\\)"),
+                         (lambda: img2img(prior, torch.zeros(1, 3, 32, 32), labels, 500.0), "at most"),
+                         (lambda: img2img(prior, torch.zeros(1, 3, 32, 32), labels, strength=1.5), "strength"),
                          (lambda: inpaint(prior, torch.zeros(1, 3, 32, 32), torch.zeros(1, 1, 8, 8), labels), "mask"),
                          (lambda: panorama(prior, 0, 33), "multiple of 2"),
                          (lambda: class_labels(prior, ["moon"], 1), prior.classes[0])):
@@ -145,7 +146,7 @@ def test_commands_draw_and_note_their_settings(home, data, prior, tmp_path):
     out, (some, other) = tmp_path / "out.png", (prior.classes[0], prior.classes[-1])
     for words, size in ((["generate", "--n", "2"], None), (["generate", "--n", "2", "--class", "none"], None),
                         (["generate", "--n", "1", "--guidance", "1", "--guidance", "3"], None), (["generate", "--n", "1", "--ema", "0.1"], None),
-                        (["interpolate", "--to", other, "--n", "3"], None), (["vary", str(photo), "--n", "2", "--class", some], None),
+                        (["interpolate", "--to", other, "--n", "3"], None), (["img2img", str(photo), "--n", "2", "--class", some], None),
                         (["inpaint", str(photo), str(mask), "--n", "2"], None), (["panorama", "--width", "96"], (96, 32)),
                         (["panorama", "--width", "64", "--wrap"], (64, 32))):
         result = type_in(*words, "--run", run, "--steps", "2", "--out", str(out))
@@ -158,8 +159,8 @@ def test_commands_draw_and_note_their_settings(home, data, prior, tmp_path):
 
 
 @pytest.mark.parametrize("words, answer", [
-    (["generate", "--class", "moon"], "classes are"), (["generate", "--class", "sea", "--guidance", "1", "--guidance", "2"], "leave --class out"), (["generate", "--sampler", "magic"], "choose one of"), (["generate", "--ema", "3"], "between"),
-    (["vary", "nowhere.jpg"], "no picture"), (["vary", "TEXT"], "cannot be used"), (["vary", "ONE"], "smaller than"), (["inpaint", "PHOTO", "ONE"], "cannot be used"),
+    (["generate", "--class", "moon"], "classes are"), (["generate", "--class", "sea", "--guidance", "1", "--guidance", "2"], "leave --class out"), (["generate", "--sampler", "magic"], "known ones are"), (["generate", "--ema", "3"], "between"),
+    (["img2img", "nowhere.jpg"], "no picture"), (["img2img", "TEXT"], "cannot be used"), (["img2img", "ONE"], "smaller than"), (["inpaint", "PHOTO", "ONE"], "cannot be used"),
     (["inpaint", "PHOTO", "WIDE"], "photo's size"), (["panorama", "--width", "31"], "multiple"), (["generate", "--autoencoder", "nowhere"], "nowhere")])
 def test_commands_answer_mistakes_in_one_sentence(home, data, tmp_path, words, answer):
     (tmp_path / "text.jpg").write_text("no picture")
@@ -174,7 +175,7 @@ def test_commands_answer_mistakes_in_one_sentence(home, data, tmp_path, words, a
 
 def test_a_network_that_answers_nan_is_named(prior):
     broken = replace(prior, denoiser=lambda x, sigma, label=None: x * float("nan"))
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(UserError, match="not finite"):
         generate(broken, class_labels(prior, prior.classes[:1], 1), steps=2)
 
 
