@@ -1,6 +1,7 @@
 """A stand-in for a Colab machine: a fresh kernel whose `/content` and `/var/colab` are its own, and are gone with it.
 
-The kernel runs in a mount namespace (`unshare`, Linux): its root is in memory and shows everything of this computer but `/content`, which is empty.
+The kernel runs in a mount namespace (`unshare`, Linux): its root is in memory and shows everything of this computer but `/content`, which is
+empty.
 The folder that plays Google Drive outlives the machine; `tests/fakes/google/colab` mounts it.
 """
 import json
@@ -73,16 +74,17 @@ class Machine:
         (self.folder / "root").mkdir(parents=True)
         kept = {name: value for name, value in os.environ.items() if name not in ("IMAGE_DIFFUSION_HOME", "IN_TEST", "MPLBACKEND")}
         path = os.pathsep.join([str(ROOT / "tests/fakes"), *filter(None, [os.environ.get("PYTHONPATH")])])
-        self.environment = kept | {"PYTHONPATH": path, "FAKE_DRIVE": str(drive), "TMPDIR": "/tmp.machine", "IPYTHONDIR": "/tmp.machine/ipython",
-                                   "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLAB_RELEASE_TAG": "release"} | environment
-        kernel = [*UNSHARE, "sh", "-c", START, "sh", str(self.folder / "root"), sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        self.environment = kept | {"PYTHONPATH": path, "FAKE_DRIVE": str(drive), "TMPDIR": "/tmp.machine",
+                                   "IPYTHONDIR": "/tmp.machine/ipython", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLAB_RELEASE_TAG": "release"} | environment
+        kernel = [*UNSHARE, "sh", "-c", START, "sh", str(self.folder / "root"),
+                  sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         (self.folder / "kernels/colab").mkdir(parents=True)
         (self.folder / "kernels/colab/kernel.json").write_text(json.dumps({"argv": kernel, "display_name": "Colab", "language": "python"}))
         specs = KernelSpecManager(kernel_dirs=[str(self.folder / "kernels")], ensure_native_kernel=False)
         self.manager = AsyncKernelManager(kernel_name="colab", kernel_spec_manager=specs, connection_file=str(self.folder / "kernel.json"))
 
     def run(self, cells, timeout=300):
-        "Run cells from top to bottom in a kernel that starts now and is gone afterwards, with its disk; returns the notebook. Raises what a cell raises."
+        "Run cells in a kernel that starts now and is gone afterwards, with its disk; returns the notebook. Raises what a cell raises."
         notebook = nbformat.v4.new_notebook(cells=cells)
         client = Client(notebook, km=self.manager, timeout=timeout, startup_timeout=120)
         client.machine = self
