@@ -56,7 +56,7 @@ class ResBlock(nn.Module):
             nn.init.zeros_(self.conv2.weight)
             nn.init.zeros_(self.conv2.bias)
 
-    def steer(self, h, emb):
+    def modulate(self, h, emb):
         "The second norm, with the embedding's scale and shift or its sum."
         if self.emb_proj is None: return self.norm2(h)
         emb = self.emb_proj(F.silu(emb))[:, :, None, None]               # (B, out_ch or 2*out_ch, 1, 1)
@@ -72,7 +72,7 @@ class ResBlock(nn.Module):
         if (emb is None) != (self.emb_proj is None):
             raise ValueError("A ResBlock takes `emb` exactly when it was built with `emb_ch`.")
         h = self.conv1(F.silu(self.norm1(x)))                            # (B, out_ch, H, W)
-        h = self.conv2(self.dropout(F.silu(self.steer(h, emb))))         # (B, out_ch, H, W)
+        h = self.conv2(self.dropout(F.silu(self.modulate(h, emb))))         # (B, out_ch, H, W)
         return self.shortcut(x) + h
 
 # %% ../nbs/20_blocks.ipynb #d294d599

@@ -198,7 +198,7 @@ def next_retry(retry: Retry, error: Exception, file: Download, progressed: bool)
         received = file.num_received
         kept = f"; the {received / 1e6:,.1f} MB that came are kept, and the same call resumes from there" if received else ""
         raise UserError(f"could not download '{file.source}': {describe_error(error)}; check the link and the network, or try "
-                        f"again later{kept}.") from None                               # what was raised before names the whole link, with its keys
+                        f"again later{kept}.") from None  # the other error would show the whole link, with its keys
     if file.progress:
         print(f"{file.path.name}: {describe_error(error)}; trying again in {retry.get_backoff_time():g} s.")
     retry.sleep()
