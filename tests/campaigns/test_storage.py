@@ -17,7 +17,7 @@ from conftest import ROOT, start
 from image_diffusion import drive as drive_module
 from image_diffusion import files as files_module
 from image_diffusion import training
-from image_diffusion.drive import Drive, Mirror, local_copy, open_run, runs_root
+from image_diffusion.drive import BackgroundMirror, Drive, Mirror, local_copy, open_run, runs_root
 from image_diffusion.files import UserError, write_json
 from image_diffusion.runs import Run, append_metrics, list_checkpoints, load_checkpoint, read_metrics, save_checkpoint, truncate_after
 from image_diffusion.training import Budget, Interrupted, Stage, fit
@@ -259,14 +259,14 @@ def test_random_faults_in_the_background(tmp_path, campaign, capsys):
     for seed in seeds(campaign, IN_THREADS):
         drive = Treacherous(seed, faults=0.15)
         run = Run.open(tmp_path / str(seed), {})
-        mirror = Mirror(run, drive)
-        mirror.thread.start()
+        background = BackgroundMirror(Mirror(run, drive))
+        background.start()
         for step in range(1, 9):
             append_metrics(run, {"step": step})
             save_checkpoint(run, step, {"step": step}, random.Random(step).random())
             time.sleep(0.002)
         drive.faults, drive.outage = 0.0, 0
-        assert mirror.close(seconds=30)
+        assert background.close(seconds=30)
         drive.settle(all_of_it=True)
         as_it_should_be(drive, run)
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Google Drive")]
@@ -369,7 +369,7 @@ def test_drive_goes_away_and_comes_back_while_training(colab, tmp_path, monkeypa
     run = open_run(colab / "run", {})
     fit(Line(pause=0.002), run, Budget(steps=60), save_every_minutes=0.0005)
     said = capsys.readouterr().out
-    assert said.count("it is not connected. Training goes on") == 1 and said.count("Google Drive is back") == 1
+    assert said.count("it is not connected. Training continues") == 1 and said.count("Google Drive is back") == 1
     assert run.finished["step"] == 60
 
 
@@ -382,7 +382,7 @@ def test_drive_that_stays_away_leaves_the_run_on_the_machine_and_the_next_call_c
         patch.setattr(training, "local_copy", partial(local_copy, drive=Full))
         with pytest.raises(UserError, match="has not taken everything yet"):
             fit(Line(), run, Budget(steps=30))
-    assert run.finished is None and "it is full. Training goes on" in capsys.readouterr().out
+    assert run.finished is None and "it is full. Training continues" in capsys.readouterr().out
     monkeypatch.setattr(drive_module, "WAIT_SECONDS", 30)
     class Untrained(Line):
         def train_step(self, step, progress): raise AssertionError("it is trained already")
@@ -409,11 +409,11 @@ def test_drive_unmounted_while_training_is_not_made_on_the_machine(colab, tmp_pa
     assert not (tmp_path / "drive").exists()
 
 
-def test_a_run_deleted_on_drive_starts_anew_and_what_the_machine_had_is_set_aside(colab, tmp_path, capsys):
+def test_a_run_deleted_on_drive_starts_anew_and_what_the_machine_had_is_moved_aside(colab, tmp_path, capsys):
     fit(Line(), open_run(colab / "run", {}), Budget(steps=30))
     shutil.rmtree(colab / "run")
     fit(Line(), open_run(colab / "run", {}), Budget(steps=20))
-    assert "set aside" in capsys.readouterr().out
+    assert "it was moved to" in capsys.readouterr().out
     assert load_checkpoint(Run(tmp_path / "machine/MyDrive/run.aside"))["step"] == 30 and load_checkpoint(Run(colab / "run"))["step"] == 20
 
 
