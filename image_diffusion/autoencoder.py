@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_BLOCKS', 'BOTTLENECKS', 'per_level', 'AutoencoderConfig', 'middle', 'make_levels', 'Encoder', 'Decoder',
-           'count_parameters', 'count_macs', 'Autoencoder', 'make_autoencoder', 'diffusers_state_dict', 'is_classic',
-           'diffusers_name']
+           'count_parameters', 'count_macs', 'Autoencoder', 'vector_quantizer', 'make_autoencoder',
+           'diffusers_state_dict', 'is_classic', 'diffusers_name']
 
 # %% ../nbs/23_autoencoder.ipynb #48bf0e34
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .blocks import AttnBlock, Downsample, ResBlock, Upsample, group_norm
-from .bottleneck import FSQ, GaussianBottleneck, GradientVectorQuantizer, VectorQuantizer
+from .bottleneck import FSQ, Codebook, GaussianBottleneck, GradientCodebook, VectorQuantizer
 from .files import UserError
 from .linear import LinearSkip
 
@@ -130,11 +130,11 @@ class Encoder(nn.Module):
 
     def forward(
         self,
-        x,  # (B, in_ch, H, W), H and W multiples of `factor`
+        x,  # (B,in_ch,H,W), H and W multiples of `factor`
     ):
-        h = self.conv_in(F.pixel_unshuffle(x, self.patch))               # (B, widths[0], H/patch, W/patch)
+        h = self.conv_in(F.pixel_unshuffle(x, self.patch))               # (B,widths[0],H/patch,W/patch)
         for level in self.levels: h = level(h)                           # (B, level's width, half, half) each but the last
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))         # (B, h_channels, H/factor, W/factor)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))         # (B,h_channels,H/factor,W/factor)
 
 # %% ../nbs/23_autoencoder.ipynb #07f070ca
 class Decoder(nn.Module):
@@ -162,11 +162,11 @@ class Decoder(nn.Module):
 
     def forward(
         self,
-        z,  # (B, z_channels, h, w)
+        z,  # (B,z_channels,h,w)
     ):
-        h = self.mid(self.conv_in(z))                                    # (B, widths[-1], h, w)
+        h = self.mid(self.conv_in(z))                                    # (B,widths[-1],h,w)
         for level in self.levels: h = level(h)                           # (B, level's width, twice, twice) each but the last
-        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)      # (B, 3, h*factor, w*factor)
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.patch)      # (B,3,h*factor,w*factor)
 
 # %% ../nbs/23_autoencoder.ipynb #2714a9d5
 def count_parameters(
@@ -194,9 +194,9 @@ class Autoencoder(nn.Module):
     folder = sha256 = None  # the run that `load_autoencoder` loaded it from, and the SHA-256 of its snapshot
     def __init__(
         self,
-        encoder,     # x (B, 3, H, W) -> (B, bottleneck.h_channels, H/factor, W/factor)
+        encoder,     # x (B,3,H,W) -> (B,bottleneck.h_channels,H/factor,W/factor)
         bottleneck,  # h -> z, loss, info
-        decoder,     # z (B, bottleneck.z_channels, H/factor, W/factor) -> (B, 3, H, W)
+        decoder,     # z (B,bottleneck.z_channels,H/factor,W/factor) -> (B,3,H,W)
         linear=None, # a `LinearSkip` beside encoder and decoder, which then begin by adding nothing; it does not learn
     ):
         super().__init__()
@@ -211,7 +211,7 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def initialize(
         self,
-        x,  # (B, 3, H, W): the first training images
+        x,  # (B,3,H,W): the first training images
     ):
         "Before the first step: the best windows for the linear path, then k-means for the codes, where there are any."
         gaussian = isinstance(self.bottleneck, GaussianBottleneck)
@@ -233,8 +233,8 @@ class Autoencoder(nn.Module):
 
     def encode(
         self,
-        x,  # (B, 3, H, W) in [-1, 1], H and W multiples of `factor`
-    ):  # h (B, h_channels, H/factor, W/factor)
+        x,  # (B,3,H,W) in [-1, 1], H and W multiples of `factor`
+    ):  # h (B,h_channels,H/factor,W/factor)
         "What the bottleneck gets."
         if x.shape[-1] % self.factor or x.shape[-2] % self.factor:
             raise UserError(f"Images of {x.shape[-2]}x{x.shape[-1]} do not fit: sides must be multiples of {self.factor}.")
@@ -243,16 +243,16 @@ class Autoencoder(nn.Module):
 
     def decode(
         self,
-        z,  # (B, z_channels, h, w), as it leaves the bottleneck
-    ):  # x_rec (B, 3, h*factor, w*factor), not clamped
+        z,  # (B,z_channels,h,w), as it leaves the bottleneck
+    ):  # x_rec (B,3,h*factor,w*factor), not clamped
         "The image of a latent."
         x_rec = self.decoder(self.post_quant_conv(z))
         return x_rec + self.linear.up(z) if self.linear else x_rec
 
     def forward(
         self,
-        x,  # (B, 3, H, W) in [-1, 1]
-    ):  # x_rec (B, 3, H, W), the bottleneck's loss, and its info
+        x,  # (B,3,H,W) in [-1, 1]
+    ):  # x_rec (B,3,H,W), the bottleneck's loss, and its info
         "Through the bottleneck and back; in training with its noise and its learning."
         z, loss, info = self.bottleneck(self.encode(x))
         return self.decode(z), loss, info
@@ -260,30 +260,35 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def reconstruct(
         self,
-        x,  # (B, 3, H, W) in [-1, 1]
-    ):  # x_rec (B, 3, H, W), not clamped
+        x,  # (B,3,H,W) in [-1, 1]
+    ):  # x_rec (B,3,H,W), not clamped
         "The best guess, without noise; what is measured and shown."
         return self.decode(self.bottleneck.mode(self.encode(x)))
 
     def latent(
         self,
-        h,  # (B, h_channels, h, w) from `encode`
-    ):  # mean (B, z_channels, h, w) and logvar or None
+        h,  # (B,h_channels,h,w) from `encode`
+    ):  # mean (B,z_channels,h,w) and logvar or None
         "What stage 2 learns: the posterior, or `h` before it is quantized."
         return self.bottleneck.latent(h)
 
     def decode_latent(
         self,
-        z,  # (B, z_channels, h, w), of the kind that `latent` gives
-    ):  # x_rec (B, 3, H, W), not clamped
+        z,  # (B,z_channels,h,w), of the kind that `latent` gives
+    ):  # x_rec (B,3,H,W), not clamped
         "The image of a latent that stage 2 made, snapped to the codes where the bottleneck has any."
         return self.decode(self.bottleneck.quantize(z))
 
 # %% ../nbs/23_autoencoder.ipynb #3d8f44d8
-BOTTLENECKS = {
+def vector_quantizer(codebook, config):
+    "A `VectorQuantizer` over a class of codebooks."
+    return VectorQuantizer(codebook(config.codebook_size, config.z_channels, dead_code_threshold=config.dead_code_threshold, l2_normalize=config.l2_normalize))
+
+
+BOTTLENECKS = {  # name -> function of the config
     "kl": lambda config: GaussianBottleneck(config.z_channels),
-    "vq": lambda config: VectorQuantizer(config.codebook_size, config.z_channels, dead_code_threshold=config.dead_code_threshold, l2_normalize=config.l2_normalize),
-    "vq-gradient": lambda config: GradientVectorQuantizer(config.codebook_size, config.z_channels, dead_code_threshold=config.dead_code_threshold, l2_normalize=config.l2_normalize),
+    "vq": lambda config: vector_quantizer(Codebook, config),
+    "vq-gradient": lambda config: vector_quantizer(GradientCodebook, config),
     "fsq": lambda config: FSQ(config.levels),
 }
 
@@ -307,7 +312,8 @@ def diffusers_state_dict(
 ):  # weights for AutoencoderKL or VQModel
     "The weights under the names of `diffusers`, for the model with the same sizes; UserError if they have none such."
     if isinstance(autoencoder.bottleneck, FSQ): raise UserError("diffusers has no autoencoder with an FSQ bottleneck.")
-    if getattr(autoencoder.bottleneck, "l2_normalize", False): raise UserError("diffusers has no autoencoder with `l2_normalize`.")
+    codebook = getattr(autoencoder.bottleneck, "codebook", None)
+    if codebook and codebook.l2_normalize: raise UserError("diffusers has no autoencoder with `l2_normalize`.")
     if not is_classic(autoencoder): raise UserError("diffusers has no autoencoder with `widen_early`, with `mid_blocks` other than 1, "
                                                            "or with another number of blocks at each level.")
     renamed = {}
@@ -315,7 +321,7 @@ def diffusers_state_dict(
         part, _, rest = key.partition(".")
         if part in ("encoder", "decoder"): renamed[f"{part}.{diffusers_name(rest, part)}"] = value
         elif part != "bottleneck": renamed[key] = value
-    if hasattr(autoencoder.bottleneck, "codebook"): renamed["quantize.embedding.weight"] = autoencoder.bottleneck.codebook
+    if codebook: renamed["quantize.embedding.weight"] = codebook.weight
     return renamed
 
 

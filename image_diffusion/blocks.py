@@ -12,11 +12,11 @@ from torch import nn
 
 # %% ../nbs/20_blocks.ipynb #789bdd90
 class GroupNorm(nn.GroupNorm):
-    "Group normalization (Wu & He 2018): sums in float32 at least, the result in the type of the input."
+    "Group normalization (Wu & He 2018), computed in float32 at least, returned in the type of the input."
     def forward(
         self,
-        x,  # (B, C, H, W), of any precision
-    ):  # (B, C, H, W), of the same
+        x,  # (B,C,H,W), of any precision
+    ):  # (B,C,H,W), of the same
         wide = torch.promote_types(x.dtype, torch.float32)               # float64 stays float64
         h = x if x.device.type == "cpu" else x.to(wide)                  # the CPU's kernel itself sums in float32
         return F.group_norm(h, self.num_groups, self.weight.to(wide), self.bias.to(wide), self.eps).to(x.dtype)
@@ -27,23 +27,23 @@ def group_norm(
     num_groups=32,  # groups; must divide `ch`
     eps=1e-6,       # added to the variance
 ):
-    "A `GroupNorm`, refusing with a `ValueError` a width that its groups do not divide."
+    "A `GroupNorm`; ValueError for a width that its groups do not divide."
     if type(num_groups) is not int or num_groups < 1 or ch % num_groups:
         raise ValueError(f"{ch} channels cannot be split into {num_groups} equal groups: num_groups must divide every width.")
     return GroupNorm(num_groups, ch, eps=eps)
 
 # %% ../nbs/20_blocks.ipynb #be61eaf6
 class ResBlock(nn.Module):
-    "Pre-activation residual block, optionally steered by an embedding (ADM: Dhariwal & Nichol 2021, eq. 5)."
+    "Pre-activation residual block, optionally conditioned on an embedding by AdaGN (Dhariwal & Nichol 2021, eq. 5)."
     def __init__(
         self,
         in_ch,             # channels in
-        out_ch,            # channels out; a 1x1 convolution fits the shortcut if they differ
-        emb_ch=None,       # length of the steering vector; None = no steering
-        dropout=0.,        # share of activations dropped before the last convolution
+        out_ch,            # channels out; a 1x1 convolution on the shortcut if they differ
+        emb_ch=None,       # length of the embedding; None: no conditioning
+        dropout=0.,        # probability, before the last convolution
         num_groups=32,     # groups of both norms; must divide both widths
         eps=1e-6,          # of both norms
-        scale_shift=True,  # steer by scale and shift after `norm2`; False = only add before it
+        scale_shift=True,  # AdaGN after `norm2`; False: only a shift, added before it
     ):
         super().__init__()
         self.scale_shift = scale_shift
@@ -57,22 +57,22 @@ class ResBlock(nn.Module):
             nn.init.zeros_(self.conv2.bias)
 
     def modulate(self, h, emb):
-        "The second norm, with the embedding's scale and shift or its sum."
+        "The second norm, with scale and shift from the embedding."
         if self.emb_proj is None: return self.norm2(h)
-        emb = self.emb_proj(F.silu(emb))[:, :, None, None]               # (B, out_ch or 2*out_ch, 1, 1)
+        emb = self.emb_proj(F.silu(emb))[:, :, None, None]               # (B,out_ch,1,1) or (B,2*out_ch,1,1)
         if not self.scale_shift: return self.norm2(h + emb)
         scale, shift = emb.chunk(2, dim=1)
         return self.norm2(h) * (1 + scale) + shift
 
     def forward(
         self,
-        x,         # (B, in_ch, H, W)
-        emb=None,  # (B, emb_ch), needed exactly when the block was built with `emb_ch`
+        x,         # (B,in_ch,H,W)
+        emb=None,  # (B,emb_ch), needed exactly when the block was built with `emb_ch`
     ):
         if (emb is None) != (self.emb_proj is None):
             raise ValueError("A ResBlock takes `emb` exactly when it was built with `emb_ch`.")
-        h = self.conv1(F.silu(self.norm1(x)))                            # (B, out_ch, H, W)
-        h = self.conv2(self.dropout(F.silu(self.modulate(h, emb))))         # (B, out_ch, H, W)
+        h = self.conv1(F.silu(self.norm1(x)))                            # (B,out_ch,H,W)
+        h = self.conv2(self.dropout(F.silu(self.modulate(h, emb))))      # (B,out_ch,H,W)
         return self.shortcut(x) + h
 
 # %% ../nbs/20_blocks.ipynb #d294d599
@@ -93,14 +93,14 @@ class AttnBlock(nn.Module):
 
     def forward(
         self,
-        x,  # (B, ch, H, W)
+        x,  # (B,ch,H,W)
     ):
         b, c, h, w = x.shape
-        tokens = self.norm(x).flatten(2).transpose(1, 2)                                         # (B, H*W, ch)
-        split = lambda y: y.reshape(b, h * w, self.num_heads, -1).transpose(1, 2)                # (B, heads, H*W, ch/heads)
+        tokens = self.norm(x).flatten(2).transpose(1, 2)                                         # (B,H*W,ch)
+        split = lambda y: y.reshape(b, h * w, self.num_heads, -1).transpose(1, 2)                # (B,heads,H*W,ch/heads)
         y = F.scaled_dot_product_attention(split(self.q(tokens)), split(self.k(tokens)), split(self.v(tokens)))
-        y = self.out(y.transpose(1, 2).reshape(b, h * w, c))                                     # (B, H*W, ch)
-        return x + y.transpose(1, 2).reshape(b, c, h, w)                                         # (B, ch, H, W)
+        y = self.out(y.transpose(1, 2).reshape(b, h * w, c))                                     # (B,H*W,ch)
+        return x + y.transpose(1, 2).reshape(b, c, h, w)                                         # (B,ch,H,W)
 
 # %% ../nbs/20_blocks.ipynb #809392b7
 class Downsample(nn.Module):
@@ -114,9 +114,9 @@ class Downsample(nn.Module):
 
     def forward(
         self,
-        x,  # (B, ch, H, W), H and W even
+        x,  # (B,ch,H,W), H and W even
     ):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))                         # (B, ch, H/2, W/2)
+        return self.conv(F.pad(x, (0, 1, 0, 1)))                         # (B,ch,H/2,W/2)
 
 # %% ../nbs/20_blocks.ipynb #5f2a669a
 class Upsample(nn.Module):
@@ -130,6 +130,6 @@ class Upsample(nn.Module):
 
     def forward(
         self,
-        x,  # (B, ch, H, W)
+        x,  # (B,ch,H,W)
     ):
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))   # (B, ch, 2*H, 2*W)
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))   # (B,ch,2*H,2*W)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GaussianBottleneck', 'perplexity', 'code_counts', 'CodebookUsage', 'as_points', 'nearest_code', 'code_sums', 'kmeans',
-           'all_reduce', 'broadcast', 'VectorQuantizer', 'GradientVectorQuantizer', 'FSQ']
+           'all_reduce', 'broadcast', 'all_finite', 'Codebook', 'VectorQuantizer', 'GradientCodebook', 'FSQ']
 
 # %% ../nbs/21_bottleneck.ipynb #cbe1732a
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 
 # %% ../nbs/21_bottleneck.ipynb #9987d720
 class GaussianBottleneck(nn.Module):
-    "A diagonal Gaussian at every position, pulled towards the unit Gaussian (Kingma & Welling 2014, appendix B)."
+    "A diagonal Gaussian at every position, with a KL loss to the standard normal (Kingma & Welling 2014, appendix B)."
     def __init__(
         self,
         z_channels=3,  # channels of the latent; the encoder gives twice as many (mean and logvar)
@@ -24,29 +24,24 @@ class GaussianBottleneck(nn.Module):
 
     def posterior(
         self,
-        h,  # (B, 2*z_channels, H, W)
-    ):  # mean and logvar, (B, z_channels, H, W) each, float32
+        h,  # (B,2*z_channels,H,W)
+    ):  # mean and logvar, (B,z_channels,H,W) each, float32
         "Split `h` into `mean` and `logvar`; the clamp keeps the variance finite in float32."
         mean, logvar = h.float().chunk(2, dim=1)
         return mean, logvar.clamp(-30., 20.)
 
     def forward(
         self,
-        h,               # (B, 2*z_channels, H, W)
-        generator=None,  # source of the noise in training; None = torch's global one
+        h,  # (B,2*z_channels,H,W)
     ):
-        "Sample in training, take the mean otherwise; the loss is the KL divergence in nats per dimension."
+        "A sample in training, the mean otherwise; the loss is the KL divergence in nats per dimension."
         mean, logvar = self.posterior(h)
         std = (logvar / 2).exp()
         kl = (mean.square() + logvar.exp() - 1 - logvar).mean() / 2
-        z = mean
-        if self.training: z = mean + std * torch.randn(mean.shape, generator=generator, device=mean.device)
+        z = mean + std * torch.randn(mean.shape, device=mean.device) if self.training else mean
         return z, kl, {"kl": kl.detach(), "std": std.mean().detach()}
 
-    def mode(
-        self,
-        h,  # (B, 2*z_channels, H, W)
-    ):
+    def mode(self, h):
         "The most likely latent: the mean."
         return self.posterior(h)[0]
 
@@ -55,7 +50,7 @@ class GaussianBottleneck(nn.Module):
         return self.posterior(h)
 
     def quantize(self, z):
-        "Nothing to snap to: every point is a latent."
+        "The identity: every point is a latent."
         return z
 
 # %% ../nbs/21_bottleneck.ipynb #8397f4ba
@@ -76,7 +71,7 @@ def code_counts(
 
 
 class CodebookUsage(nn.Module):
-    "Counts codes over the batches of an epoch, or over a data set, and remembers when each was chosen last."
+    "Counts codes over the batches of an epoch, or over a data set, and when each was last chosen."
     def __init__(
         self,
         codebook_size,  # number of codes
@@ -95,7 +90,7 @@ class CodebookUsage(nn.Module):
         self.age.add_(1).masked_fill_(counts > 0, 0)
 
     def reset(self):
-        "A new epoch: counts begin at 0, ages go on."
+        "Start a new epoch: counts return to 0, ages stay."
         self.counts.zero_()
 
     @property
@@ -110,56 +105,56 @@ class CodebookUsage(nn.Module):
 
     def dead_codes(
         self,
-        updates,  # for how long
+        updates,  # U
     ):  # (), on the device of the codes
-        "How many codes were not chosen in the last so many updates."
+        "How many codes were not chosen in the last U updates."
         return (self.age >= updates).sum()
 
 # %% ../nbs/21_bottleneck.ipynb #159ee95f
 def as_points(
-    h,  # (B, C, H, W)
-):  # (B*H*W, C)
+    h,  # (B,C,H,W)
+):  # (B*H*W,C)
     "All positions of all images as a list of points."
     return h.movedim(1, -1).flatten(0, -2)
 
 
 def nearest_code(
-    h,         # (N, C) points
-    codebook,  # (K, C) codes
+    h,         # (N,C) points
+    codebook,  # (K,C) codes
 ):  # (N,) index of the nearest code
     "Index of the code at the smallest Euclidean distance, by one matrix product."
     return torch.addmm(-codebook.square().sum(1) / 2, h, codebook.T).argmax(1)
 
 
 def code_sums(
-    h,              # (N, C) points
+    h,              # (N,C) points
     indices,        # (N,) the code of each
     codebook_size,  # K
-):  # counts (K,) and sums (K, C), both float
+):  # counts (K,) and sums (K,C), both float
     "How many points each code has, and their sum; no one-hot matrix."
     counts = code_counts(indices, codebook_size).to(h.dtype)
     return counts, h.new_zeros(codebook_size, h.shape[1]).index_add_(0, indices, h)
 
 # %% ../nbs/21_bottleneck.ipynb #f5f850e4
 def kmeans(
-    h,                 # (N, C) points
+    h,                 # (N,C) points
     codebook_size,     # K
-    num_iterations=10, # more hardly moves the codes
-):  # codebook (K, C)
-    "Lloyd's k-means from random points; a code without points jumps to a random point."
-    def draw(): return h[torch.randint(len(h), (codebook_size,), device=h.device)]   # (K, C)
+    num_iterations=10, # with more, the codes hardly move
+):  # codebook (K,C)
+    "Lloyd's k-means from random points; a code without points moves to a random point."
+    def random_points(): return h[torch.randint(len(h), (codebook_size,), device=h.device)]          # (K,C)
     order = torch.randperm(len(h), device=h.device)[:codebook_size]
-    codebook = torch.cat([h[order], draw()])[:codebook_size]             # fewer points than codes: some twice
+    codebook = torch.cat([h[order], random_points()])[:codebook_size]             # fewer points than codes: some twice
     for _ in range(num_iterations):
         counts, sums = code_sums(h, nearest_code(h, codebook), codebook_size)
-        codebook = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], draw())
+        codebook = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], random_points())
     return codebook
 
 # %% ../nbs/21_bottleneck.ipynb #43600fd6
 def all_reduce(
     x,  # tensor, overwritten by its sum over all processes
 ):
-    "Sum over the processes of a distributed run; with one process, `x` itself."
+    "Sum over the processes of a distributed run; `x` itself with one process."
     if dist.is_available() and dist.is_initialized(): dist.all_reduce(x)
     return x
 
@@ -167,148 +162,151 @@ def all_reduce(
 def broadcast(
     x,  # tensor, overwritten by that of process 0
 ):
-    "Take process 0's tensor, so that random choices are the same everywhere."
+    "Process 0's tensor on all processes."
     if dist.is_available() and dist.is_initialized(): dist.broadcast(x, src=0)
     return x
 
+
+def all_finite(
+    x,  # tensor
+):  # bool, the same on all processes
+    "Whether every number is finite, on every process."
+    return not all_reduce((~x.isfinite()).any().float())
+
 # %% ../nbs/21_bottleneck.ipynb #ea765e1d
-class VectorQuantizer(nn.Module):
-    "Replace each position by its nearest code; codes learn by moving averages (van den Oord et al. 2017, appendix A.1)."
+class Codebook(nn.Module):
+    "Codes that are running means of the points they are nearest to (van den Oord et al. 2017, appendix A.1)."
     def __init__(
         self,
-        codebook_size=1024,      # number of codes
-        z_channels=3,            # length of a code
-        decay=0.99,              # of the running means; about 1/(1-decay) batches of memory
-        commitment_weight=0.25,  # of the loss that pulls `h` to its code; the paper's beta
-        dead_code_threshold=0.6,       # a code under this part of its fair share restarts; 0 = never
-        l2_normalize=False,         # latents and codes on the unit sphere: only the direction of `h` counts (Yu et al. 2022)
+        size=1024,                # K, number of codes
+        channels=3,               # C, length of a code
+        decay=0.99,               # of the running means; about 1/(1-decay) batches of memory
+        dead_code_threshold=0.6,  # a code below this part of its fair share restarts; 0 = never
+        l2_normalize=False,       # points and codes of unit length: only the direction counts (Yu et al. 2022)
     ):
         super().__init__()
-        self.codebook_size, self.z_channels, self.h_channels = codebook_size, z_channels, z_channels
-        self.decay, self.commitment_weight, self.dead_code_threshold, self.l2_normalize = decay, commitment_weight, dead_code_threshold, l2_normalize
-        self.register_buffer("codebook", self.on_sphere(torch.randn(codebook_size, z_channels)))     # (K, C)
-        self.register_buffer("cluster_size", torch.ones(codebook_size))  # (K,) running number of points, in fair shares
-        self.register_buffer("initialized", torch.tensor(False))              # are the codes among the data?
-
-    def on_sphere(
-        self,
-        x,  # (N, C) or (B, C, H, W)
-    ):
-        "Float32, and of unit length over channels where the bottleneck is normalized."
-        return F.normalize(x.float(), dim=1) if self.l2_normalize else x.float()
+        self.decay, self.dead_code_threshold, self.l2_normalize = decay, dead_code_threshold, l2_normalize
+        self.register_buffer("weight", self.project(torch.randn(size, channels)))   # (K,C)
+        self.register_buffer("cluster_size", torch.ones(size))           # (K,) running number of points, in fair shares
+        self.register_buffer("initialized", torch.tensor(False))         # are the codes among the data?
 
     @property
     def codes(self):
-        "The codes (K, C) as they are compared and looked up."
-        return self.codebook
+        "The codes (K,C) that are compared and looked up."
+        return self.weight
 
-    def forward(
-        self,
-        h,  # (B, z_channels, H, W)
-    ):
-        "Quantize with the codes as they are, then (in training) let them move. Always in float32."
-        with torch.autocast(h.device.type, enabled=False):
-            learning = self.training and self.sound(h)
-            if learning and not self.initialized: self.initialize(h)
-            indices = self.indices(h)                                    # (B, H, W)
-            h, z_q = self.on_sphere(h), self.decode_indices(indices)     # (B, C, H, W) each
-            loss = self.loss(h, z_q)
-            flat = as_points(h.detach())                                 # (N, C)
-            counts, sums = code_sums(flat, indices.flatten(), self.codebook_size)
-            if learning: self.move(flat, all_reduce(counts.clone()), all_reduce(sums))
-        return h + (z_q - h).detach(), loss, {"counts": counts}
-
-    def sound(self, h):
-        "Whether no process has a number that is not finite: a broken batch must not teach the codes."
-        return not all_reduce((~h.isfinite()).any().float())
-
-    def loss(self, h, z_q):
-        "The commitment loss pulls the encoder to the codes."
-        return self.commitment_weight * F.mse_loss(h, z_q.detach())
+    def project(self, x):
+        "(N,C) or (B,C,H,W) in float32, and of unit length over channels with `l2_normalize`."
+        return F.normalize(x.float(), dim=1) if self.l2_normalize else x.float()
 
     @torch.no_grad()
-    def initialize(
-        self,
-        h,  # (B, z_channels, H, W): what the encoder gives for the first batches
-    ):
-        "Put the codes among these points by k-means; without this, the first sound batch in training does so."
-        if not self.sound(h): return
-        with torch.autocast(h.device.type, enabled=False):
-            codes = kmeans(as_points(self.on_sphere(h)), self.codebook_size)         # (K, C)
-        self.reset(torch.ones_like(self.cluster_size, dtype=torch.bool), broadcast(codes))
+    def initialize(self, points):
+        "Place the codes among points (N,C) by k-means."
+        codes = broadcast(kmeans(points, len(self.cluster_size)))
+        self.restart(torch.ones_like(self.cluster_size, dtype=torch.bool), codes)
         self.initialized.fill_(True)
 
     @torch.no_grad()
-    def move(self, flat, counts, sums):
-        "One step of the running numbers, then restart the codes that hardly anybody chooses."
-        fair = counts.sum() / self.codebook_size                         # points per code, if all were equal
+    def update(self, points, counts, sums):
+        "Learn from points (N,C), whose counts (K,) and sums (K,C) per code are those of all processes; then restart dead codes."
+        fair = counts.sum() / len(counts)                                # points per code if all were equally used
         self.cluster_size.lerp_(counts / fair, 1 - self.decay)
         self.learn(counts[:, None] / fair, sums / fair)
-        points = flat[torch.randint(len(flat), (self.codebook_size,), device=flat.device)]       # (K, C)
-        self.reset(self.cluster_size < self.dead_code_threshold, broadcast(points))
+        codes = points[torch.randint(len(points), (len(counts),), device=points.device)]     # (K,C)
+        self.restart(self.cluster_size < self.dead_code_threshold, broadcast(codes))
 
     def learn(self, counts, sums):
-        "The running mean of each code's points; `counts` (K, 1) and `sums` (K, C) in fair shares."
-        step = (1 - self.decay) * (sums - counts * self.codebook) / self.cluster_size.clamp(min=1e-6)[:, None]
-        self.codebook.copy_(self.on_sphere(self.codebook + step))
+        "Move the running means by counts (K,1) and sums (K,C) in fair shares."
+        step = (1 - self.decay) * (sums - counts * self.weight) / self.cluster_size.clamp(min=1e-6)[:, None]
+        self.weight.copy_(self.project(self.weight + step))
 
     @torch.no_grad()
-    def reset(self, which, codes):
-        "Where `which` (K,) is true: new codes (K, C), as heavy as a fair share."
-        self.codebook.copy_(torch.where(which[:, None], self.on_sphere(codes), self.codebook))
+    def restart(self, which, codes):
+        "Where `which` (K,) is true: new codes (K,C) with a fair share of points."
+        self.weight.copy_(torch.where(which[:, None], self.project(codes), self.weight))
         self.cluster_size.masked_fill_(which, 1.0)
 
-    @torch.no_grad()
-    def indices(
-        self,
-        h,  # (B, z_channels, H, W)
-    ):  # (B, H, W) int64
-        "The nearest code of every position."
-        with torch.autocast(h.device.type, enabled=False):
-            return nearest_code(as_points(self.on_sphere(h)), self.codes).reshape(h.shape[0], *h.shape[2:])
+    def loss(self, h, z_q):
+        "None: these codes learn without gradients."
+        return 0.
 
-    def decode_indices(
+# %% ../nbs/21_bottleneck.ipynb #40185ffe
+class VectorQuantizer(nn.Module):
+    "Replace each position by its nearest code (van den Oord et al. 2017, eq. 2), always in float32."
+    def __init__(
         self,
-        indices,  # (B, H, W)
-    ):  # (B, z_channels, H, W)
-        "Look the codes up."
-        return F.embedding(indices, self.codes).movedim(-1, 1)
-
-    def quantize(
-        self,
-        h,  # (B, z_channels, H, W)
+        codebook,                # a `Codebook`
+        commitment_weight=0.25,  # of the loss that pulls `h` to its code; the paper's beta
     ):
-        "Snap every position to its nearest code; without gradient."
+        super().__init__()
+        self.codebook, self.commitment_weight = codebook, commitment_weight
+        self.codebook_size, self.z_channels = codebook.weight.shape
+        self.h_channels = self.z_channels
+
+    def forward(
+        self,
+        h,  # (B,z_channels,H,W)
+    ):
+        "Quantize with the codes as they are; in training, update them afterwards."
+        with torch.autocast(h.device.type, enabled=False):
+            learning = self.training and all_finite(h)
+            if learning and not self.codebook.initialized: self.initialize(h)
+            indices = self.indices(h)                                    # (B,H,W)
+            h, z_q = self.codebook.project(h), self.decode_indices(indices)                          # (B,C,H,W) each
+            loss = self.commitment_weight * F.mse_loss(h, z_q.detach()) + self.codebook.loss(h, z_q)
+            points = as_points(h.detach())                               # (N,C)
+            counts, sums = code_sums(points, indices.flatten(), self.codebook_size)
+            if learning: self.codebook.update(points, all_reduce(counts.clone()), all_reduce(sums))
+        return h + (z_q - h).detach(), loss, {"counts": counts}
+
+    def initialize(
+        self,
+        h,  # (B,z_channels,H,W): the encoder's output for the first batches
+    ):
+        "Place the codes by k-means; without this call, the first batch in training does it."
+        if not all_finite(h): return
+        with torch.autocast(h.device.type, enabled=False): self.codebook.initialize(as_points(self.codebook.project(h)))
+
+    @torch.no_grad()
+    def indices(self, h):
+        "The nearest code (B,H,W) of every position of `h`."
+        with torch.autocast(h.device.type, enabled=False):
+            return nearest_code(as_points(self.codebook.project(h)), self.codebook.codes).reshape(h.shape[0], *h.shape[2:])
+
+    def decode_indices(self, indices):
+        "The codes (B,z_channels,H,W) of indices (B,H,W)."
+        return F.embedding(indices, self.codebook.codes).movedim(-1, 1)
+
+    def quantize(self, h):
+        "The nearest code of every position, without gradient."
         return self.decode_indices(self.indices(h)).detach()
 
-    def mode(self, h):
-        "The latent of `h` in use: its nearest codes."
-        return self.quantize(h)
+    mode = quantize  # what is decoded in use
 
     def latent(self, h):
-        "What stage 2 stores: `h` before it is quantized (of unit length where the bottleneck is normalized), and no variance."
-        return self.on_sphere(h), None
+        "What stage 2 stores: `h` before quantization, and no variance."
+        return self.codebook.project(h), None
 
 # %% ../nbs/21_bottleneck.ipynb #e4175622
-class GradientVectorQuantizer(VectorQuantizer):
-    "A `VectorQuantizer` whose codes are weights, moved by the codebook loss (van den Oord et al. 2017, eq. 3)."
+class GradientCodebook(Codebook):
+    "A `Codebook` whose codes are weights, moved by the codebook loss (van den Oord et al. 2017, eq. 3)."
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        codes = self.codebook
-        del self.codebook
-        self.codebook = nn.Parameter(codes)                              # (K, C)
-
-    def loss(self, h, z_q):
-        "The codebook loss pulls the codes to the encoder, the commitment loss the encoder to the codes."
-        return F.mse_loss(z_q, h.detach()) + super().loss(h, z_q)
+        codes = self.weight
+        del self.weight
+        self.weight = nn.Parameter(codes)                                # (K,C)
 
     @property
     def codes(self):
-        "The codes (K, C), brought back to the sphere that an optimizer leaves; a copy, so that a restart spoils no graph."
-        return self.on_sphere(self.codebook.clone())
+        "The codes (K,C), projected again after the optimizer's step; a copy, so that a restart does not change the graph."
+        return self.project(self.weight.clone())
 
     def learn(self, counts, sums):
         "Nothing: the optimizer moves the codes."
+
+    def loss(self, h, z_q):
+        "The codebook loss, which pulls the codes to the encoder's output."
+        return F.mse_loss(z_q, h.detach())
 
 # %% ../nbs/21_bottleneck.ipynb #5c240c58
 class FSQ(nn.Module):
@@ -320,68 +318,53 @@ class FSQ(nn.Module):
         super().__init__()
         if min(levels) < 3: raise ValueError(f"Every channel needs at least 3 levels, not {tuple(levels)}.")
         self.z_channels = self.h_channels = len(levels)
-        levels = torch.tensor(levels, device="cpu")                      # also where the network is built without memory
+        levels = torch.tensor(levels, device="cpu")[:, None, None]       # numbers also where the network is built on "meta"
         self.codebook_size = int(levels.prod())
-        self.register_buffer("levels", levels, persistent=False)                                    # (C,)
-        self.register_buffer("basis", levels.cumprod(0) // levels, persistent=False)                # (C,) value of a digit
-
-    def columns(self, x):
-        "A per-channel vector (C,), shaped to meet (B, C, H, W)."
-        return x[:, None, None]
+        self.register_buffer("levels", levels, persistent=False)                                    # (C,1,1)
+        self.register_buffer("basis", levels.cumprod(0) // levels, persistent=False)                # (C,1,1) value of a digit
 
     def bound(self, h):
         "Squeeze into the range whose rounding gives exactly `levels` integers (the paper's `bound`)."
-        half = (self.columns(self.levels) - 1) * (1 - 1e-3) / 2
-        offset = 0.5 * (self.columns(self.levels) % 2 == 0)
+        half = (self.levels - 1) * (1 - 1e-3) / 2
+        offset = 0.5 * (self.levels % 2 == 0)
         return (h.float() + (offset / half).atanh()).tanh() * half - offset
 
-    def snap(self, h):
-        "Bounded and rounded with a straight-through gradient, in [-1, 1]."
-        bounded = self.bound(h)
-        return (bounded + (bounded.round() - bounded).detach()) / self.columns(self.levels // 2)
+    def round(self, h):
+        "Bounded and rounded, in [-1, 1], with a straight-through gradient."
+        with torch.autocast(h.device.type, enabled=False):
+            bounded = self.bound(h)
+            return (bounded + (bounded.round() - bounded).detach()) / (self.levels // 2)
 
     def forward(
         self,
-        h,  # (B, z_channels, H, W)
+        h,  # (B,z_channels,H,W)
     ):
-        "Round; the loss is 0, since there is nothing to commit to."
-        with torch.autocast(h.device.type, enabled=False): z = self.snap(h)
-        return z, z.new_zeros(()), {"counts": code_counts(self.digits_to_indices(z.detach()), self.codebook_size)}
+        "Round; the loss is 0, because there is nothing to commit to."
+        z = self.round(h)
+        return z, z.new_zeros(()), {"counts": code_counts(self.codes_to_indices(z.detach()), self.codebook_size)}
 
-    def digits_to_indices(self, z):
-        "Read the rounded channels (B, C, H, W) as the digits of one number (B, H, W)."
-        half = self.columns(self.levels // 2)
-        return ((z * half).nan_to_num().round().long() + half).mul(self.columns(self.basis)).sum(1)
+    def codes_to_indices(self, z):
+        "Read rounded channels (B,C,H,W) as the digits of one number (B,H,W)."
+        half = self.levels // 2
+        return ((z * half).nan_to_num().round().long() + half).mul(self.basis).sum(1)
 
     @torch.no_grad()
-    def indices(
-        self,
-        h,  # (B, z_channels, H, W)
-    ):  # (B, H, W) int64 in [0, codebook_size)
-        "The code of every position, as one number."
-        return self.digits_to_indices(self.quantize(h))
+    def indices(self, h):
+        "The code (B,H,W) of every position of `h`."
+        return self.codes_to_indices(self.round(h))
 
-    def decode_indices(
-        self,
-        indices,  # (B, H, W)
-    ):  # (B, z_channels, H, W)
-        "The latent that a number stands for."
-        half = self.columns(self.levels // 2)
-        digits = indices[:, None] // self.columns(self.basis) % self.columns(self.levels)            # (B, C, H, W)
-        return (digits - half) / half
+    def decode_indices(self, indices):
+        "The latents (B,z_channels,H,W) of indices (B,H,W)."
+        half = self.levels // 2
+        return (indices[:, None] // self.basis % self.levels - half) / half
 
     @torch.no_grad()
-    def quantize(
-        self,
-        h,  # (B, z_channels, H, W)
-    ):
-        "Squeeze and round every position; without gradient."
-        with torch.autocast(h.device.type, enabled=False): return self.snap(h)
+    def quantize(self, h):
+        "Rounded, without gradient."
+        return self.round(h)
 
-    def mode(self, h):
-        "The latent of `h` in use: its rounded values."
-        return self.quantize(h)
+    mode = quantize  # what is decoded in use
 
     def latent(self, h):
-        "What stage 2 stores: `h` before it is rounded, and no variance."
+        "What stage 2 stores: `h` before rounding, and no variance."
         return h.float(), None

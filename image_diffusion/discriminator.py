@@ -49,8 +49,8 @@ class PatchDiscriminator(nn.Module):
 
     def forward(
         self,
-        x,  # (B, in_ch, H, W) in [-1, 1]
-    ):  # logits (B, 1, h, w), above 0 = "photo"
+        x,  # (B,in_ch,H,W) in [-1, 1]
+    ):  # logits (B,1,h,w), above 0 = "photo"
         "Judge every patch."
         return self.layers(x)
 
@@ -123,16 +123,16 @@ def logit_margin(
 # %% ../nbs/25_discriminator.ipynb #2c391afb
 def grad_wrt_image(
     loss,         # () what a judge says
-    x_rec,        # (B, 3, H, W) float32, cut off from the decoder's graph
+    x_rec,        # (B,3,H,W) float32, cut off from the decoder's graph
     scale=4096.,  # lifts half-precision gradients inside the judge out of underflow; divided out again
-):  # (B, 3, H, W)
+):  # (B,3,H,W)
     "What a judge wants changed in every pixel: the gradient of its loss at the reconstruction."
     return torch.autograd.grad(loss * scale, x_rec)[0] / scale
 
 
 def grad_wrt_last_layer(
-    gradient,     # (B, 3, H, W) from `grad_wrt_image`
-    x_rec,        # (B, 3, H, W), with the decoder's graph
+    gradient,     # (B,3,H,W) from `grad_wrt_image`
+    x_rec,        # (B,3,H,W), with the decoder's graph
     last_layer,   # the decoder's last weight
     scale=4096.,  # as above
 ):  # of the weight's shape, float32
@@ -194,10 +194,10 @@ class LeCAM(nn.Module):
 # %% ../nbs/25_discriminator.ipynb #83fb1b8b
 def r1_penalty(
     disc,  # the critic
-    x,     # (B, 3, H, W) photos
+    x,     # (B,3,H,W) photos
 ):  # () to be added, times half the weight, to the critic's loss
     "Squared slope of the critic's logits at photos, summed over pixels (Mescheder et al. 2018, eq. 9); always in float32."
     with torch.autocast(x.device.type, enabled=False):
         x = x.detach().float().requires_grad_()
-        (slope,) = torch.autograd.grad(disc(x).sum(), x, create_graph=True)          # (B, 3, H, W)
+        (slope,) = torch.autograd.grad(disc(x).sum(), x, create_graph=True)          # (B,3,H,W)
     return slope.square().sum((1, 2, 3)).mean()

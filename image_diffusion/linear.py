@@ -29,7 +29,7 @@ class LinearSkip(nn.Module):
     @torch.no_grad()
     def fit(
         self,
-        x,       # (B, in_ch, H, W): images to learn from
+        x,       # (B,in_ch,H,W): images to learn from
         whiten,  # every channel of a latent at mean square 1; else all are scaled alike, so that distances stay those of pixels
     ):
         "Set both convolutions to the best windows for these images; a latent then has mean square 1 (over all channels, without `whiten`)."
@@ -47,26 +47,26 @@ class LinearSkip(nn.Module):
 
 
 def principal_components(
-    x,       # (B, in_ch, H, W), of mean 0
+    x,       # (B,in_ch,H,W), of mean 0
     factor,  # side of a square, pixels
     number,  # how many, at most in_ch * factor**2
-):  # (number, in_ch, factor, factor), orthonormal, the most important first
+):  # (number,in_ch,factor,factor), orthonormal, the most important first
     "The axes along which squares of pixels differ most: the best linear code of a single square (Baldi & Hornik 1989)."
-    squares = F.pixel_unshuffle(x, factor).movedim(1, -1).flatten(0, 2).double()                         # (N, in_ch*factor**2)
+    squares = F.pixel_unshuffle(x, factor).movedim(1, -1).flatten(0, 2).double()                         # (N,in_ch*factor**2)
     axes = torch.linalg.eigh(squares.T @ squares).eigenvectors.flip(1)                                   # in columns
     return axes[:, :number].T.reshape(number, x.shape[1], factor, factor).float()
 
 
 def coded(x, down):
-    "Codes (B, C, H/factor, W/factor) of images, by windows of three factors."
+    "Codes (B,C,H/factor,W/factor) of images, by windows of three factors."
     factor = down.shape[-1] // 3
     return F.conv2d(F.pad(x, (factor,) * 4, mode="replicate"), down, stride=factor)
 
 # %% ../nbs/22_linear.ipynb #a6e90856
 def fit_windows(
-    x,      # (B, in_ch, H, W), of mean 0
-    start,  # (C, in_ch, factor, factor): windows of a single square
-):  # both (C, in_ch, 3*factor, 3*factor): weights of the convolution, and of the transposed one
+    x,      # (B,in_ch,H,W), of mean 0
+    start,  # (C,in_ch,factor,factor): windows of a single square
+):  # both (C,in_ch,3*factor,3*factor): weights of the convolution, and of the transposed one
     "Windows that overlap, with the least squared error on `x`, by L-BFGS."
     factor = start.shape[-1]
     down, up = (F.pad(start, (factor,) * 4).requires_grad_() for _ in range(2))
@@ -81,14 +81,14 @@ def fit_windows(
 
 
 def best_axes(
-    x,         # (B, in_ch, H, W), of mean 0
-    down, up,  # (C, in_ch, 3*factor, 3*factor)
+    x,         # (B,in_ch,H,W), of mean 0
+    down, up,  # (C,in_ch,3*factor,3*factor)
     whiten,    # as in `LinearSkip.fit`
 ):  # down and up again: other codes, the same images
     "Mix the codes so that their products average to 0, and that equal changes of a code change pixels equally; then scale them."
-    z = coded(x, down).movedim(1, -1).flatten(0, 2).double()                                             # (N, C)
+    z = coded(x, down).movedim(1, -1).flatten(0, 2).double()                                             # (N,C)
     values, vectors = torch.linalg.eigh((up.flatten(1) @ up.flatten(1).T).double())
-    root = vectors @ values.clamp(min=0).sqrt().diag() @ vectors.T                                       # (C, C): with z @ root, `up` is orthonormal
+    root = vectors @ values.clamp(min=0).sqrt().diag() @ vectors.T                                       # (C,C): with z @ root, `up` is orthonormal
     values, vectors = torch.linalg.eigh(root @ (z.T @ z / len(z)) @ root)
     size = values.clamp(min=1e-8)                                                                        # mean squares, ascending
     mix = root @ vectors / (size if whiten else size.mean()).sqrt()                                      # z @ mix are the new codes
