@@ -17,6 +17,7 @@ from PIL import Image
 from image_diffusion import cli
 from image_diffusion.data import prepare
 from image_diffusion.landscapes import CLASSES, synthetic_landscapes
+from image_diffusion.pipeline import run
 from image_diffusion.train_autoencoder import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,5 +122,5 @@ def prepared(tmp_path_factory):
 def whole_run(photos, tmp_path_factory):
     "The folder of a whole run on photos with classes, both autoencoders, in some seconds of training."
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    cli.run(str(photos), folder, "tiny", hours=BRIEF, bottlenecks=("kl", "vq"), samples=24)
+    run(str(photos), folder, "tiny", hours=BRIEF, bottlenecks=("kl", "vq"), samples=24)
     return folder

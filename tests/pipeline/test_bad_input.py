@@ -11,7 +11,7 @@ import pytest
 from conftest import BRIEF, MAIN, SIZE, contents, start, type_in, write_photos
 from hypothesis import given
 from hypothesis import strategies as st
-from image_diffusion import cli
+from image_diffusion import pipeline
 from image_diffusion.data import from_bytes, prepare, to_bytes
 from image_diffusion.files import UserError
 from image_diffusion.runs import Run, config_difference, read_metrics
@@ -140,7 +140,7 @@ def test_final_numbers_that_lack_one(whole_run, photos, tmp_path, stage, number)
     path = folder / stage / "finished.json"
     path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != number}))
     with pytest.raises(UserError, match=f"{stage}/finished.json is damaged"):
-        cli.run(str(photos), folder, "tiny", hours=BRIEF, bottlenecks=("kl", "vq"), samples=24)
+        pipeline.run(str(photos), folder, "tiny", hours=BRIEF, bottlenecks=("kl", "vq"), samples=24)
 
 
 def test_a_folder_that_holds_something_else(old, prepared):

@@ -7,7 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 from conftest import BRIEF, SIZE, contents, type_in, write_photos
-from image_diffusion import cli
+from image_diffusion import pipeline
 from image_diffusion.data import load_prepared, prepare
 from image_diffusion.landscapes import CLASSES
 from image_diffusion.runs import Run
@@ -73,7 +73,7 @@ def test_samples_are_a_picture_with_a_row_per_class(whole_run):
 
 def test_the_same_call_again_says_that_it_is_finished(whole_run, photos, capsys):
     before = contents(whole_run)
-    report = cli.run(str(photos), whole_run, "tiny", hours=BRIEF, bottlenecks=("kl", "vq"), samples=24)
+    report = pipeline.run(str(photos), whole_run, "tiny", hours=BRIEF, bottlenecks=("kl", "vq"), samples=24)
     assert report == whole_run / "report.html" and "finished" in capsys.readouterr().out
     assert contents(whole_run) == before
 
@@ -136,6 +136,6 @@ def test_fresh_starts_over_and_a_zip_without_classes_gives_a_run_with_vq(flat_zi
 def test_demo_takes_its_name_and_place_from_the_root_of_runs(monkeypatch, tmp_path):
     monkeypatch.setenv("IMAGE_DIFFUSION_HOME", str(tmp_path))
     calls = []
-    monkeypatch.setattr(cli, "run", lambda *words, **options: calls.append((words, options)))
+    monkeypatch.setattr(pipeline, "run", lambda *words, **options: calls.append((words, options)))
     assert type_in("demo", "--minutes", 6).exit_code == 0
     assert calls == [(("synthetic", tmp_path / "demo", "tiny", 0.1, ("kl", "vq")), {"limit": 3000, "samples": 384, "fresh": False})]

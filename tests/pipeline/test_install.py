@@ -45,7 +45,7 @@ def test_help_takes_less_than_a_second():
 
 def test_there_are_the_promised_commands():
     assert set(main.commands) == {"demo", "run", "prepare", "plan", "train-autoencoder", "train-diffusion", "generate", "interpolate", "img2img",
-                                  "inpaint", "panorama", "evaluate", "doctor", "figure"}
+                                  "inpaint", "panorama", "evaluate", "diagnose", "figure"}
     assert all(name in type_in("--help").output for name in main.commands)
 
 
@@ -53,10 +53,21 @@ def test_there_are_the_promised_commands():
 def test_every_command_explains_its_options(name):
     result = type_in(name, "--help")
     assert result.exit_code == 0 and "Usage:" in result.output
-    silent = [o.opts[0] for o in main.commands[name].params if isinstance(o, click.Option) and not o.help and o.opts[0] not in ("--seed", "--guidance")]
-    assert not silent
-    unit = {"--hours": "budget", "--minutes": "budget", "--size": "px"}
+    assert not [o.opts[0] for o in main.commands[name].params if isinstance(o, click.Option) and not o.help]
+    unit = {"--hours": "in hours", "--minutes": "in minutes", "--size": "px"}
     assert all(word in result.output for option, word in unit.items() if option in result.output)
+
+
+@pytest.mark.parametrize("words, new", [(["doctor", "--run", "a"], "diagnose"), (["vary", "photo.jpg"], "img2img"), (["run", "synthetic", "--budget", "3h"], "--time-limit"),
+                                        (["evaluate", "--few"], "--allow-small-n"), (["generate", "--average=0.1"], "--ema"),
+                                        (["evaluate", "--protocol", "seed"], "--protocol 192-images"), (["evaluate", "--protocol=seed"], "--protocol 192-images")], ids=str)
+def test_an_old_spelling_is_answered_with_the_new_one(words, new):
+    result = type_in(*words)
+    assert result.exit_code == 2 and f"is called {new} since version 0.1.0." in result.output.splitlines()[-1]
+
+
+def test_a_folder_may_have_the_name_of_an_old_command():
+    assert "since version" not in type_in("diagnose", "--run", "doctor").output + type_in("diagnose", "--run-dir", "vary").output
 
 
 @pytest.mark.parametrize("words", [["paint"], ["run"], ["generate", "--n", "few"], ["run", "synthetic", "--hours", "two"], ["demo", "--fast"]], ids=" ".join)

@@ -82,7 +82,7 @@ def test_photos_of_a_prepared_set_are_taken_where_asked(runs, prepared, tmp_path
 
 def test_without_out_a_figure_lies_in_the_first_run(whole_run):
     run = whole_run / "autoencoder-vq"
-    for words, name in ((["doctor"], "diagnostics"), (["figure", "codebook"], "codebook")):
+    for words, name in ((["diagnose"], "diagnostics"), (["figure", "codebook"], "codebook")):
         out = run / f"{name}.png"
         assert str(out) in type_in(*words, "--run", run).output and pixels(out).std() > 20
         out.unlink()
@@ -97,7 +97,7 @@ def test_a_figure_that_a_run_cannot_give_is_refused(whole_run, runs, tmp_path):
         refused(type_in("figure", name, *runs, "--run", prior, "--out", tmp_path / "x.png"), "prior", "train-diffusion")
     refused(type_in("figure", "samplers", "--run", prior, "--out", tmp_path / "x.png"), "--data")
     refused(type_in("figure", "trends", "--run", tmp_path / "nowhere", "--out", tmp_path / "x.png"), "nowhere")
-    for command in (["doctor"], ["figure", "stage1"]):
+    for command in (["diagnose"], ["figure", "stage1"]):
         refused(type_in(*command, "--run", whole_run, "--out", tmp_path / "x.png"), "autoencoder-kl")
     assert not list(tmp_path.iterdir())
 
@@ -106,7 +106,7 @@ def test_a_run_without_metrics_and_photos_of_another_size_are_refused(whole_run,
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "config.json").write_bytes((whole_run / "autoencoder-kl" / "config.json").read_bytes())
-    for command in (["doctor"], ["figure", "trends"]):
+    for command in (["diagnose"], ["figure", "trends"]):
         refused(type_in(*command, "--run", bare), str(bare), "no metrics")
     refused(type_in("figure", "stage1", "--run", bare), str(bare), "snapshot")
     small = prepare("synthetic", tmp_path / "small", 16, limit=40, progress=False)
@@ -115,7 +115,7 @@ def test_a_run_without_metrics_and_photos_of_another_size_are_refused(whole_run,
 
 
 def test_every_run_is_diagnosed(whole_run, runs, tmp_path):
-    answer = type_in("doctor", *runs, "--run", whole_run / "prior", "--out", tmp_path / "diagnostics.png")
+    answer = type_in("diagnose", *runs, "--run", whole_run / "prior", "--out", tmp_path / "diagnostics.png")
     assert answer.exit_code == 0 and pixels(tmp_path / "diagnostics.png").std() > 10
     found = re.findall(r"^(KL|VQ|prior) \(.*\):\n((?:- .+\.\n)+)", answer.output, re.MULTILINE)
     assert [name for name, _ in found] == ["KL", "VQ", "prior"]
@@ -124,6 +124,6 @@ def test_every_run_is_diagnosed(whole_run, runs, tmp_path):
 def test_training_ends_with_a_diagnosis(prepared, tmp_path):
     answer = type_in("train-autoencoder", "--data", prepared.folder, "--preset", "tiny-vq", "--run", tmp_path / "vq", "--steps", 4)
     assert answer.exit_code == 0
-    words = type_in("doctor", "--run", tmp_path / "vq").output
+    words = type_in("diagnose", "--run", tmp_path / "vq").output
     said = answer.output.split(str(tmp_path / "vq"))[-1].strip().splitlines()
     assert said and all(f"- {sentence}\n" in words for sentence in said)
