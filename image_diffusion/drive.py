@@ -287,9 +287,10 @@ def delete_old(
     old = [name for name in sorted(listing.sizes) if name.startswith("checkpoints/") and Path(name).stem not in keep     # .json before .pt
            and len(newest) == 2 and Path(name).stem < Path(newest[0]["file"]).stem]
     settled = all(time.monotonic() - copied_at.get(checkpoint["file"], -math.inf) >= SETTLE_SECONDS for checkpoint in newest)
-    if not (old and settled and all(listing.is_intact(checkpoint) for checkpoint in newest)):
-        old = []
-    for name in old + [name for name in listing.sizes if name.endswith(".part")]:
+    if old and settled and all(listing.is_intact(checkpoint) for checkpoint in newest):
+        for name in old:
+            listing.remove(name)
+    for name in [name for name in listing.sizes if name.endswith(".part")]:
         listing.remove(name)
 
 # %% ../nbs/41_drive.ipynb #f5ed0ee2
@@ -358,8 +359,9 @@ def local_copy(
             raise
         finally:
             if not background.close(seconds):
-                raise UserError(f"Google Drive has not taken everything yet. The run is whole on this machine ({folder}), which is deleted after "
-                                "its session: reconnect Drive (drive.mount) and run the same command again; it copies the rest and resumes.")
+                raise UserError(f"Google Drive has not taken everything yet. The run is whole on this machine ({folder}), "
+                                "which is deleted after its session: reconnect Drive (drive.mount) and run the same command again; "
+                                "it copies the rest and resumes.")
 
 
 def pull_with_retries(mirror: Mirror, tries: int = 3) -> None:
