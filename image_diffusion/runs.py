@@ -248,7 +248,7 @@ def save_checkpoint(
     path = run.folder / "checkpoints" / f"step_{step:07d}.pt"
     facts = write_atomic(path, lambda temporary: torch.save(state, temporary))
     write_json(path.with_suffix(".json"), {"step": step, "score": score, **facts, "config": run.config, "torch": torch.__version__})
-    every = [facts for facts in list_checkpoints(run) if facts["step"] <= step]   # later ones did not verify when this sitting began
+    every = [facts for facts in list_checkpoints(run) if facts["step"] <= step]   # later ones did not verify when this session began
     keep = {Path(facts["file"]).stem for facts in retained_checkpoints(every)}
     for pattern in ("step_*.json", "step_*.pt", "*.part"):                        # facts first, so that what is listed is complete
         for file in path.parent.glob(pattern):

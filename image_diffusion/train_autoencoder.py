@@ -31,7 +31,7 @@ from .files import UserError, lookup
 from .perceptual import LPIPS, available_perceptual, psnr, ssim
 from .plots import Figure, plot_runs, save_png
 from .runs import finished_numbers, load_network, load_snapshot
-from .training import Budget, Precision, Stage, fit, optimizer_step, session_end
+from .training import Budget, Precision, Stage, fit, optimizer_step, seed_step, session_end
 
 # %% ../nbs/50_train_autoencoder.ipynb #955bbe75
 def schedule_position(
@@ -172,7 +172,7 @@ class AutoencoderStage(Stage):
     def train_step(self, step: int, progress: float) -> dict:
         "One optimizer step of the autoencoder and, from shortly before `disc.start` on, one of the discriminator."
         disc, start, check = self.recipe.disc, self.recipe.perceptual_start, step % CHECK_EVERY == 0
-        self.seed_step(step)
+        seed_step(self.seed, step)
         if step == 0:
             self.initialize()
         lr = self.learning_rate(step, progress)

@@ -187,7 +187,7 @@ class DiffusionStage(Stage):
     def train_step(self, step: int, progress: float) -> dict:
         "One optimizer step."
         recipe, device = self.recipe, self.precision.device
-        self.seed_step(step)
+        seed_step(self.seed, step)
         lr = self.optimizer.param_groups[0]["lr"] = self.learning_rate(step, progress)
         rows = self.batch_rows(step, self.latents.train)
         z, labels = self.batch(rows, torch.rand(len(rows)) < 0.5)

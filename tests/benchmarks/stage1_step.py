@@ -22,7 +22,7 @@ from image_diffusion.data import prepare
 from image_diffusion.perceptual import LPIPS
 from image_diffusion.runs import Run
 from image_diffusion.train_autoencoder import PRESETS, AutoencoderStage
-from image_diffusion.training import Precision, Sitting, Tick
+from image_diffusion.training import MetricsLogger, Precision, Tick
 
 LATE = 0.9    # of the budget: the discriminator is heard
 
@@ -83,7 +83,7 @@ def overhead(folder):
         bare.code_health = lambda step, check: {}
         if hasattr(bare, "usage"):
             bare.usage.update = lambda counts: None
-        sitting = Sitting(careful, Run.open(folder / name, {}), save_every_minutes=5, log_every=25, samples=0, end=None)
+        log = MetricsLogger(Run.open(folder / name, {}), careful, every=25, samples=0)
 
         def bare_steps(turn):
             for i in range(1, 25):
@@ -92,8 +92,8 @@ def overhead(folder):
 
         def careful_steps(turn):
             for i in range(25):
-                sitting.meter.add(careful.train_step(25 * turn + i, LATE))
-            sitting.log(Tick(25 * turn, LATE, 0.0, {}))
+                log.means.add(careful.train_step(25 * turn + i, LATE))
+            log.record(Tick(25 * turn, LATE, 0.0))
 
         times = compare(f"25 steps of {name}, batch 8", {"with diagnostics, EMA and records": careful_steps, "bare": bare_steps}, turns=3)
         print(f"  the care costs {times['with diagnostics, EMA and records'] / times['bare'] - 1:.1%}")

@@ -48,7 +48,7 @@ from image_diffusion.train_autoencoder import AutoencoderRecipe, AutoencoderStag
 from image_diffusion.train_diffusion import DiffusionRecipe, DiffusionStage
 from image_diffusion.diagnostics import diagnose
 from image_diffusion.ema import reconstruct_ema
-from image_diffusion.training import Budget, Precision, Sitting, fit
+from image_diffusion.training import Budget, Checkpointer, MetricsLogger, Precision, fit
 from image_diffusion.unet import UNetConfig
 from PIL import Image
 from safetensors import safe_open
@@ -335,11 +335,11 @@ class Bench:
         self.rewrite_checkpoint(rng, path)
         facts = json.loads(path.with_suffix(".json").read_text())
         path.with_suffix(".json").write_text(json.dumps(facts | {"size": path.stat().st_size, "sha256": file_sha256(path)}))
-        sitting = Sitting(stage, run, 5, 25, 6, None)
-        step, seconds = sitting.begin()
+        log = MetricsLogger(run, stage, every=25, samples=6)
+        step, seconds = Checkpointer(run, stage, log, every_minutes=5).begin()
         assert type(step) is int and step >= 0 and 0 <= seconds < math.inf and 0 <= stage.rollbacks <= 3, (step, seconds)
         stage.train_step(step, 0.5)
-        assert all(map(math.isfinite, sitting.meter.pop().values()))
+        assert all(map(math.isfinite, log.means.pop().values()))
 
     def rewrite_checkpoint(self, rng, path):
         how = rng.choice(["tensor"] * 6 + ["bytes"] * 2 + ["code", "code in", "packed", "other", "legacy", "deep"])

@@ -55,7 +55,7 @@ def test_weights_averages_optimizers_scalers_codebook_and_usage_are_equal_to_the
     whole, other = (load_checkpoint(Run(killed[0] / f"{kind}-{stage}")) for kind in ("whole", "killed"))
     assert whole["step"] == other["step"] == killed[2] and whole["stage"].keys() >= {"ema", "optimizer", "scaler", "rollbacks"}
     assert [part for part in whole["stage"] if not same(whole["stage"][part], other["stage"][part])] == []
-    assert same(whole["sitting"]["meter"], other["sitting"]["meter"]) and whole["sitting"]["drawn"] == other["sitting"]["drawn"]
+    assert same(whole["log"]["means"], other["log"]["means"]) and whole["log"]["sampled"] == other["log"]["sampled"]
     assert same(load_snapshot(killed[0] / f"whole-{stage}")[0], load_snapshot(killed[0] / f"killed-{stage}")[0])
 
 
