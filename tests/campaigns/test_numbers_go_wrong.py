@@ -4,13 +4,21 @@ from dataclasses import replace
 
 import pytest
 import torch
+from image_diffusion import training
 from image_diffusion.files import UserError
 from image_diffusion.runs import Run, load_checkpoint, read_metrics
 from image_diffusion.diagnostics import diagnose
 from image_diffusion.training import MAX_SKIPPED_STEPS, MAX_ROLLBACKS, SCALE_FLOOR, Budget, Interrupted, batch_indices, fit
 from kills import STAGES, AUTOENCODER, autoencoder_stage
 
-STEPS = 40
+STEPS, SKIPPED = 30, 6
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    "Fewer skipped steps before training goes back to a checkpoint, and no disk flushes."
+    monkeypatch.setattr(training, "MAX_SKIPPED_STEPS", SKIPPED)
+    monkeypatch.setattr("os.fsync", lambda handle: None)
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +86,11 @@ def test_a_rollback_takes_the_photos_in_another_order(stage, tmp_path, capsys):
     def when(step, rows):
         seen.append((step, stage.rollbacks, rows.tolist()))
         return not stage.rollbacks
-    run = train(broken(stage, when), tmp_path / "run", steps=MAX_SKIPPED_STEPS + 2)
-    assert "Training broke down at step 20: going back to step 0, with half the learning rate." in capsys.readouterr().out
+    run = train(broken(stage, when), tmp_path / "run", steps=SKIPPED + 2)
+    assert f"Training broke down at step {SKIPPED}: going back to step 0, with half the learning rate." in capsys.readouterr().out
     first, again = ([rows for step, rollbacks, rows in seen if step == 1 and rollbacks == n][0] for n in (0, 1))
     assert first != again
-    assert run.finished["step"] == MAX_SKIPPED_STEPS + 2 and load_checkpoint(run)["stage"]["rollbacks"] == 1
+    assert run.finished["step"] == SKIPPED + 2 and load_checkpoint(run)["stage"]["rollbacks"] == 1
     assert any("Training diverged and was rolled back" in words for words in diagnose(read_metrics(run)))
 
 
@@ -110,7 +118,7 @@ def test_an_exploding_loss_is_named_and_the_best_checkpoint_kept(prepared, home,
     train_step = stage.train_step
     def explode(step, progress):
         numbers = train_step(step, progress)
-        if step >= 25:
+        if step >= STEPS - 10:
             with torch.no_grad(): stage.model.decoder.conv_out.weight.mul_(2)     # as if the rate were far too high
         return numbers
     stage.train_step = explode
@@ -131,7 +139,7 @@ def test_a_rate_beyond_all_reason_ends_in_a_sentence_and_the_checkpoints_stay_so
 
 def test_a_scaler_at_its_minimum_is_named_and_training_goes_on(prepared, home, tmp_path):
     stage = broken(autoencoder_stage(prepared, home), lambda step, rows: step % 2)           # overflows at every other step
-    run = train(stage, tmp_path / "run")
+    run = train(stage, tmp_path / "run", steps=40)
     assert stage.scaler.get_scale() == SCALE_FLOOR and stage.rollbacks == 0 and sound(run)
     assert any("The fp16 loss scale is at its minimum (1)" in words for words in diagnose(read_metrics(run)))
 
