@@ -26,7 +26,7 @@ from .files import UserError, file_sha256, read_json, write_atomic, write_json
 from .generate import LatentDiffusion, generate, labels_of
 from .perceptual import VGG16, available_perceptual, psnr, ssim
 from .plots import Figure, figure_png, show_images
-from .runs import Run, kind_of_run, load_snapshot, newest_snapshot
+from .runs import Run, kind_of_run, load_snapshot, latest_snapshot
 from .train_autoencoder import load_autoencoder
 from .training import Precision
 
@@ -262,7 +262,7 @@ def evaluation_context(
     **settings,      # what was asked for
 ) -> dict:
     "What every number of an evaluation depends on; JSON-able."
-    run, snapshot, precision = Run.load(folder), newest_snapshot(folder), Precision.pick()
+    run, snapshot, precision = Run.load(folder), latest_snapshot(folder), Precision.pick()
     facts = {key: data.manifest[key] for key in ("sha256", "source", "size", "num_images", "num_train", "num_dev", "split_seed")}
     return {"run": run.folder.name, "kind": kind_of_run(run.config), "preset": run.config.get("preset"), "snapshot": snapshot.name, "snapshot_sha256": file_sha256(snapshot),
             "data": facts, "device": precision.device, "dtype": str(precision.dtype).removeprefix("torch."),

@@ -30,7 +30,7 @@ from .ema import make_ema
 from .files import UserError, lookup
 from .perceptual import LPIPS, available_perceptual, psnr, ssim
 from .plots import Figure, plot_runs, save_png
-from .runs import finished_numbers, load_network, load_snapshot
+from .runs import final_metrics, load_network, load_snapshot
 from .training import Budget, Precision, Stage, fit, optimizer_step, seed_step, session_end
 
 # %% ../nbs/50_train_autoencoder.ipynb #955bbe75
@@ -367,7 +367,7 @@ def train_autoencoder(
     length, end = Budget(recipe.steps if steps is None and minutes is None else steps, minutes), session_end(time_limit)
     run = open_run(folder, {"stage": "autoencoder", "preset": preset, "recipe": asdict(recipe), "minutes": minutes, "steps": length.steps,
                             "data": data.manifest["sha256"]})
-    if (numbers := finished_numbers(run, ("step", "minutes", "dev_psnr", "dev_ssim"))) is not None:
+    if (numbers := final_metrics(run, ("step", "minutes", "dev_psnr", "dev_ssim"))) is not None:
         return numbers
     perceptual, name = available_perceptual() if recipe.perceptual_weight else (None, None)
     if perceptual is None and name:

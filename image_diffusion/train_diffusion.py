@@ -28,7 +28,7 @@ from .files import UserError, lookup
 from .guidance import guided
 from .latents import LatentDataset, cache_latents
 from .plots import Figure, plot_runs, save_png
-from .runs import Run, finished_numbers
+from .runs import Run, final_metrics
 from .sampling import SAMPLERS, SamplingError, sample_noise, sigma_schedule, step_noise
 from .train_autoencoder import load_autoencoder
 from .training import (Budget, Precision, Stage, TrainingDiverged, fit, optimizer_step,
@@ -307,7 +307,7 @@ def train_diffusion(
     run = open_run(folder, {"stage": "diffusion", "preset": preset, "recipe": asdict(recipe), "minutes": minutes, "steps": length.steps,
                             "data": data.manifest["sha256"], "autoencoder_sha256": autoencoder.sha256,
                             "autoencoder": os.path.relpath(autoencoder_folder, folder)})
-    if (numbers := finished_numbers(run, ("step", "minutes", "dev_loss"))) is not None:
+    if (numbers := final_metrics(run, ("step", "minutes", "dev_loss"))) is not None:
         return numbers
     latents = cache_latents(autoencoder, data, device=precision.device)
     stage = DiffusionStage(latents, recipe, autoencoder, data.classes, precision)

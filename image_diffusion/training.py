@@ -30,7 +30,7 @@ from .drive import local_copy
 from .ema import save_ema_snapshot
 from .files import UserError, summarize_error
 from .plots import Figure, LiveDisplay, plot_runs
-from .runs import (Run, append_metrics, finished_numbers, is_record, load_checkpoint,
+from .runs import (Run, append_metrics, final_metrics, is_record, load_checkpoint,
                                   read_metrics, save_checkpoint, save_snapshot, truncate_after)
 
 # %% ../nbs/44_training.ipynb #f73c3184
@@ -529,7 +529,7 @@ def fit(
     end: float = None,               # of this session, from `session_end`
 ) -> dict:
     "Train a stage within its budget, resuming and saving; returns the final numbers. Interrupted (after saving) when asked to stop."
-    if (numbers := finished_numbers(run)) is not None:
+    if (numbers := final_metrics(run)) is not None:
         return numbers
     if (left := minutes_left(end)) is not None:
         print(f"This session trains for at most {left - SPARE_MINUTES:.0f} minutes, then it saves and stops.")
@@ -537,4 +537,4 @@ def fit(
         if here.finished is None:
             checkpoints = Checkpointer(here, stage, MetricsLogger(here, stage, log_every, samples), save_every_minutes)
             finish(checkpoints, train(checkpoints, budget, name, end))
-        return finished_numbers(here)
+        return final_metrics(here)

@@ -14,7 +14,7 @@ from image_diffusion.evaluate import evaluate_run
 from image_diffusion.generate import LatentDiffusion, class_labels, generate, img2img, inpaint, interpolate, load_photo, panorama
 from image_diffusion.latents import cache_latents
 from image_diffusion.perceptual import LPIPS
-from image_diffusion.runs import Run, finished_numbers, read_metrics
+from image_diffusion.runs import Run, final_metrics, read_metrics
 from image_diffusion.train_autoencoder import PRESETS as AUTOENCODERS
 from image_diffusion.train_autoencoder import AutoencoderStage, autoencoder_step_cost, load_autoencoder, train_autoencoder
 from image_diffusion.train_diffusion import PRESETS as PRIORS
@@ -107,7 +107,7 @@ def test_both_stages_learn(landscapes, runs, tmp_path, kind, precision):
     before = stage.score(stage.evaluate())
     fit(stage, run, Budget(steps=200), log_every=25, samples=2)
     records = [record for record in read_metrics(run) if "skipped" in record]
-    assert stage.score(finished_numbers(run)) > before
+    assert stage.score(final_metrics(run)) > before
     assert sum(record["skipped"] for record in records[1:]) == 0                            # a new scaler may look for its scale, and then it has it
     assert all(record["grad_norm"] > 0 for record in records)
     assert ("scale" in records[0]) == (precision == T4)
@@ -129,7 +129,7 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_been(landscapes, runs, tmp_
     fit(make(kind, landscapes, runs, T4), halves, Budget(steps=60), samples=1)
     steps = [record["step"] for record in read_metrics(halves) if "grad_norm" in record]
     assert steps == [record["step"] for record in read_metrics(whole) if "grad_norm" in record]
-    numbers, expected = finished_numbers(halves), finished_numbers(whole)
+    numbers, expected = final_metrics(halves), final_metrics(whole)
     for name in ("dev_psnr", "dev_loss"):
         assert numbers.get(name) == pytest.approx(expected.get(name), rel=1e-3)
 
