@@ -32,7 +32,7 @@ sample_strip = partial(sample_strip, steps=4)
 """                        # for where these names live; drawing is most of what tests wait for
 NARROW_FIRST = f"from importlib import import_module\nexec({NARROW!r}, vars(import_module('image_diffusion.train_diffusion')))\n"    # how a script that trains a prior begins
 exec(NARROW_FIRST, {})
-BRIEF = 12 / 3600          # hours of a whole run
+BRIEF = 6 / 3600           # hours of a whole run
 hypothesis.settings.register_profile("suite", deadline=None, max_examples=50)   # a busy machine is no failure
 hypothesis.settings.load_profile("suite")
 
