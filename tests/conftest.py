@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,9 +30,8 @@ NARROW = """
 from functools import partial
 PRESETS["tiny"] = replace(PRESETS["tiny"], model=replace(PRESETS["tiny"].model, ch=16, num_groups=8), batch_size=8)
 sample_strip = partial(sample_strip, steps=4)
-"""                        # for where these names live; drawing is most of what tests wait for
-NARROW_FIRST = f"from importlib import import_module\nexec({NARROW!r}, vars(import_module('image_diffusion.train_diffusion')))\n"    # how a script that trains a prior begins
-exec(NARROW_FIRST, {})
+"""                        # for the module of these names; sampling is most of what tests wait for
+exec(NARROW, vars(import_module("image_diffusion.train_diffusion")))
 BRIEF = 6 / 3600           # hours of a whole run
 hypothesis.settings.register_profile("suite", deadline=None, max_examples=50)   # a busy machine is no failure
 hypothesis.settings.load_profile("suite")

@@ -1,9 +1,10 @@
 """Distances against other people's code, statistics in little memory, and the evaluation of runs of both stages."""
 import json
-import signal
 import subprocess
 import sys
 import warnings
+from functools import partial
+from importlib import import_module
 from unittest.mock import patch
 
 import numpy as np
@@ -12,8 +13,9 @@ import torch
 from cleanfid.fid import frechet_distance as cleanfid_distance
 from cleanfid.fid import kernel_distance as cleanfid_kernel
 from cleanfid.resize import build_resizer
-from conftest import NARROW_FIRST, type_in
-from image_diffusion.data import prepare
+from conftest import type_in
+from image_diffusion import training
+from image_diffusion.data import load_prepared, prepare
 from image_diffusion.landscapes import synthetic_landscapes
 from image_diffusion.features import INCEPTION, InceptionFeatures, ModuleFeatures, RandomFeatures, as_uint8, resized
 from image_diffusion.fid import MIN_IMAGES, FeatureStats, collect_samples, collect_stats, frechet_distance, kid, prdc, photo_stats
@@ -221,40 +223,45 @@ def test_samples_are_measured_while_training_where_it_is_asked_for(runs, tmp_pat
     assert measured[0][f"{name}_baseline"] == measured[1][f"{name}_baseline"] < measured[0][name] != measured[1][name]
 
 
-KILLED = NARROW_FIRST + """
-import os, signal, sys, torch
-torch.set_num_threads(1)
-from image_diffusion.data import load_prepared
-from image_diffusion.train_diffusion import DiffusionStage, train_diffusion
-draw, kill = DiffusionStage.draw, sys.argv[3] == "kill"
-def counted(self, labels, indices, *how):
-    print("drawn", *indices)
-    if kill and 64 in indices: os.kill(os.getpid(), signal.SIGKILL)
-    return draw(self, labels, indices, *how)
-DiffusionStage.draw, DiffusionStage.sample = counted, lambda self, path: None      # no pictures: they take longer than the rest
-from image_diffusion import training, train_diffusion as module
-append = training.append_metrics
-def noted(run, record):
-    append(run, record)
-    if sys.argv[3] == "noted" and "measured_samples" in record: os.kill(os.getpid(), signal.SIGKILL)
-training.append_metrics = noted
-class Small(module.SampleMetrics):
-    def __init__(self, *given): super().__init__(*given, steps=2, batch_size=8)
-module.SampleMetrics = Small
-train_diffusion(load_prepared(sys.argv[1] + "/data"), sys.argv[1] + "/kl", sys.argv[2], "tiny", steps=3, eval_every=2, eval_samples=80)
-"""
+class Killed(BaseException):
+    "What nothing catches, like `kill -9`."
 
 
-def test_a_killed_measurement_goes_on_where_it_was(runs, tmp_path):
-    def train(kill, folder):
-        done = subprocess.run([sys.executable, "-u", "-c", KILLED.replace("*indices)", "*indices, flush=True)"), str(runs), str(folder), kill], capture_output=True, text=True)
-        return done.returncode, [int(i) for line in done.stdout.splitlines() if line.startswith("drawn") for i in line.split()[1:]]
-    code, drawn = train("kill", tmp_path / "torn")
-    assert code == -signal.SIGKILL and drawn == list(range(72))
-    code, drawn = train("on", tmp_path / "torn")
-    assert code == 0 and drawn == list(range(64, 80))                                # none of the saved samples again
-    assert train("noted", tmp_path / "whole") == (-signal.SIGKILL, list(range(80)))
-    assert train("on", tmp_path / "whole") == (0, [])                                # measured and noted before: neither again
+def test_a_killed_measurement_resumes(runs, tmp_path, monkeypatch):
+    module = import_module("image_diffusion.train_diffusion")
+    draw, append, sampled, kill = DiffusionStage.draw, training.append_metrics, [], ""
+
+    def counted(self, labels, indices, *how):
+        sampled.extend(indices)
+        if kill == "sampling" and 64 in indices: raise Killed
+        return draw(self, labels, indices, *how)
+
+    def noted(run, record):
+        append(run, record)
+        if kill == "noted" and "measured_samples" in record: raise Killed
+
+    monkeypatch.setattr(DiffusionStage, "draw", counted)
+    monkeypatch.setattr(DiffusionStage, "sample", lambda self, path: None)          # no pictures: they take longer than the rest
+    monkeypatch.setattr(training, "append_metrics", noted)
+    monkeypatch.setattr(module, "SampleMetrics", partial(module.SampleMetrics, steps=2, batch_size=8))
+
+    def train(folder):
+        "Train, and return which samples were taken and whether it was killed."
+        sampled.clear()
+        try:
+            train_diffusion(load_prepared(runs / "data"), runs / "kl", folder, "tiny", steps=3, eval_every=2, eval_samples=80)
+        except Killed:
+            return list(sampled), True
+        return list(sampled), False
+
+    kill = "sampling"
+    assert train(tmp_path / "torn") == (list(range(72)), True)
+    kill = ""
+    assert train(tmp_path / "torn") == (list(range(64, 80)), False)                 # none of the saved samples again
+    kill = "noted"
+    assert train(tmp_path / "whole") == (list(range(80)), True)
+    kill = ""
+    assert train(tmp_path / "whole") == ([], False)                                  # measured and noted before: neither again
     torn, whole = ([record for record in read_metrics(Run.load(tmp_path / name)) if "measured_samples" in record] for name in ("torn", "whole"))
     assert torn == whole and len(torn) == 1
 
