@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['RENAMED', 'PATH', 'COUNT', 'POSITIVE', 'RUN', 'RUNS', 'SEED', 'DATA', 'TIME_LIMIT', 'SOURCE', 'LENGTH', 'SAMPLER',
-           'GUIDANCE', 'CLASS', 'Commands', 'main', 'Hours', 'minutes_or_none', 'options', 'default_run', 'demo',
-           'run_command', 'prepare', 'plan', 'train_autoencoder', 'train_diffusion', 'class_name', 'sampling_command',
-           'generate', 'interpolate', 'img2img', 'inpaint', 'panorama', 'evaluate', 'diagnose', 'figure']
+           'GUIDANCE', 'CLASS', 'FIGURES', 'Commands', 'main', 'Hours', 'minutes_or_none', 'options', 'default_run',
+           'demo', 'run_command', 'prepare', 'plan', 'train_autoencoder', 'train_diffusion', 'class_name',
+           'sampling_command', 'generate', 'interpolate', 'img2img', 'inpaint', 'panorama', 'evaluate', 'diagnose',
+           'figure']
 
 # %% ../nbs/90_cli.ipynb #acd8d9c9
 import functools
@@ -86,11 +87,11 @@ def options(
 # %% ../nbs/90_cli.ipynb #355e8cb4
 PATH, COUNT, POSITIVE = click.Path(path_type=Path), click.IntRange(min=1), click.FloatRange(min=0, min_open=True)
 RUN = click.option("--run", "--run-dir", "folder", type=PATH, required=True, help="Run folder.")
-RUNS = click.option("--run", "--run-dir", "folders", required=True, multiple=True, type=PATH, help="Run folder; may be given several times.")
+RUNS = click.option("--run", "--run-dir", "folders", required=True, multiple=True, type=PATH, help="Run folder; give several for more.")
 SEED = click.option("--seed", default=0, type=click.IntRange(min=0), help="Seed of everything random.")
 DATA = click.option("--data", required=True, type=PATH, help="Folder made by `prepare`.")
-TIME_LIMIT = click.option("--time-limit", type=Hours(), help="Time of this session, such as 3h30m: training saves and stops at least 3 minutes early; "
-                          "the same command resumes in another session.")
+TIME_LIMIT = click.option("--time-limit", type=Hours(), help="Time of this session, such as 3h30m: training saves and stops "
+                          "at least 3 minutes early; the same command resumes in another session.")
 SOURCE = options(
     click.argument("source"),
     click.option("--labels", default="folders", help="Classes: `folders`, `none`, or a CSV file with lines name,class."),
@@ -104,7 +105,8 @@ SAMPLER = options(
     click.option("--ema", type=float, help="Relative width of the EMA of weights (EDM2), 0.01 to 0.25.  [default: the run's own]"),
     click.option("--steps", default=20, type=COUNT, help="Noise levels visited per image."),
     click.option("--sampler", default="dpmpp_2m", help="dpmpp_2m, dpmpp_2m_sde, unipc, heun, euler, ddim or ddpm."))
-GUIDANCE = click.option("--guidance", type=float, help="Classifier-free guidance: 1 = none; higher is clearer and less varied.  [default: 2.5, without classes 1]")
+GUIDANCE = click.option("--guidance", type=float, help="Classifier-free guidance: 1 = none; higher is clearer and less varied.  "
+                        "[default: 2.5, without classes 1]")
 CLASS = click.option("--class", "name", help="Class of all images; `none` for no class.  [default: the first]")
 
 
@@ -115,7 +117,7 @@ def default_run(name):
 # %% ../nbs/90_cli.ipynb #8ce97c88
 @main.command()
 @default_run("demo")
-@click.option("--minutes", default=8.5, type=POSITIVE, help="Time for everything, in minutes; below 8, fewer landscapes are rendered and sampled.")
+@click.option("--minutes", default=8.5, type=POSITIVE, help="Time for everything, in minutes; below 8 with fewer landscapes and samples.")
 @click.option("--fresh", is_flag=True, help="Delete what an earlier demo made and start over.")
 def demo(folder, minutes, fresh):
     "Every step on built-in synthetic landscapes, 32 px, with both autoencoders and no download; ends with a report."
@@ -126,7 +128,8 @@ def demo(folder, minutes, fresh):
 @main.command(name="run")
 @SOURCE
 @default_run("the source's name")
-@click.option("--preset", default="photos64", help="tiny (32 px), photos64 (64 px, CPU), or, 128 px on a GPU: lhq128, lhq128-fast, lhq128-f8, original.")
+@click.option("--preset", default="photos64", help="tiny (32 px), photos64 (64 px, CPU), or, 128 px on a GPU: lhq128, lhq128-fast, "
+              "lhq128-f8, original.")
 @click.option("--hours", default=2.0, type=Hours(), help="Time for everything, in hours or like 3h30m; kept to within 10%.")
 @TIME_LIMIT
 @click.option("--bottleneck", type=click.Choice(["kl", "vq"]), default="kl", help="Kind of autoencoder.")
@@ -137,8 +140,8 @@ def run_command(source, labels, downloads, limit, folder, preset, hours, time_li
     """Every step, on your photos. The same command again resumes.
 
     SOURCE is a folder, a .zip or .tar, a web address, a share link of Google Drive or Yandex Disk, `lhq`, or `synthetic`."""
-    pipeline.run(source, folder or pipeline.default_folder(source), preset, hours, (bottleneck,), limit, samples, seed, fresh, labels, downloads,
-                 minutes_or_none(time_limit))
+    folder = folder or pipeline.default_folder(source)
+    pipeline.run(source, folder, preset, hours, (bottleneck,), limit, samples, seed, fresh, labels, downloads, minutes_or_none(time_limit))
 
 # %% ../nbs/90_cli.ipynb #e692c267
 @main.command()
@@ -178,7 +181,8 @@ def train_autoencoder(data, folder, preset, hours, steps, time_limit, seed):
     from image_diffusion.diagnostics import NO_PROBLEMS, diagnose
     from image_diffusion.runs import Run, read_metrics
     from image_diffusion.train_autoencoder import train_autoencoder
-    result = train_autoencoder(load_prepared(data), folder, preset, minutes_or_none(hours), steps, seed, time_limit=minutes_or_none(time_limit))
+    result = train_autoencoder(load_prepared(data), folder, preset, minutes_or_none(hours), steps, seed,
+                               time_limit=minutes_or_none(time_limit))
     click.echo(f"Trained {result['step']} steps: dev PSNR {result['dev_psnr']:.2f} dB. Run: {folder}")
     click.echo("\n".join(diagnose(read_metrics(Run.load(folder))) or [NO_PROBLEMS]))
 
@@ -190,14 +194,14 @@ def train_autoencoder(data, folder, preset, hours, steps, time_limit, seed):
 @click.option("--preset", default="lhq128", help="tiny, photos64, lhq128, lhq128-fast, lhq128-f8 or original.")
 @LENGTH
 @SEED
-@click.option("--eval-every", type=COUNT, help="Optimizer steps between two evaluations of samples, some minutes each on a T4.  [default: none]")
+@click.option("--eval-every", type=COUNT, help="Optimizer steps between evaluations of samples, minutes each on a T4.  [default: none]")
 @click.option("--eval-samples", default=2048, type=click.IntRange(min=6), help="Samples for each of them.")
 def train_diffusion(data, autoencoder, folder, preset, hours, steps, time_limit, seed, eval_every, eval_samples):
     "Stage 2: train a diffusion model on the autoencoder's latents."
     from image_diffusion.data import load_prepared
     from image_diffusion.train_diffusion import train_diffusion
-    result = train_diffusion(load_prepared(data), autoencoder, folder, preset, minutes_or_none(hours), steps, seed, time_limit=minutes_or_none(time_limit),
-                             eval_every=eval_every, eval_samples=eval_samples)
+    result = train_diffusion(load_prepared(data), autoencoder, folder, preset, minutes_or_none(hours), steps, seed,
+                             time_limit=minutes_or_none(time_limit), eval_every=eval_every, eval_samples=eval_samples)
     click.echo(f"Trained {result['step']} steps: dev loss {result['dev_loss']:.4f}. Run: {folder}")
 
 # %% ../nbs/90_cli.ipynb #3c348119
@@ -233,8 +237,8 @@ def sampling_command(
 @sampling_command
 @click.option("--n", type=COUNT, help="Number of images; with several --guidance, for each class and guidance.  [default: 27; 3]")
 @click.option("--class", "name", help="Class of all images; `none` for no class.  [default: all classes in turn]")
-@click.option("--guidance", "guidances", multiple=True, type=float, help="Classifier-free guidance: 1 = none; higher is clearer and less varied; "
-              "give several for a grid of all classes at each.  [default: 2.5, without classes 1]")
+@click.option("--guidance", "guidances", multiple=True, type=float, help="Classifier-free guidance: 1 = none; higher is clearer and less "
+              "varied; give several for a grid of all classes at each.  [default: 2.5, without classes 1]")
 def generate(model, sampling, n, name, guidances):
     "Sample landscapes with a trained diffusion model."
     from image_diffusion.generate import guidance_grid
@@ -255,7 +259,7 @@ def generate(model, sampling, n, name, guidances):
 @click.option("--class", "name", help="Class at the start; `none` for no class.  [default: the first]")
 @click.option("--to", help="Class at the end.  [default: that of the start]")
 @click.option("--first", default=0, type=click.IntRange(min=0), help="Index of the image at the start.")
-@click.option("--last", default=1, type=click.IntRange(min=0), help="Index of the image at the end; the same as --first to change the class alone.")
+@click.option("--last", default=1, type=click.IntRange(min=0), help="Index of the image at the end; like --first, only the class changes.")
 @click.option("--n", default=8, type=click.IntRange(min=2), help="Images, ends included.")
 def interpolate(model, sampling, name, to, first, last, n):
     "Interpolate between two landscapes: their noise, their classes, or both."
@@ -268,7 +272,7 @@ def interpolate(model, sampling, name, to, first, last, n):
 @sampling_command
 @GUIDANCE
 @CLASS
-@click.option("--noise", default=1.0, type=POSITIVE, help="Noise level to start from: 0.5 changes texture, 2 keeps colors and rough shapes.")
+@click.option("--noise", default=1.0, type=POSITIVE, help="Noise level to start from: 0.5 changes texture, 2 keeps colors and shapes.")
 @click.option("--strength", type=float, help="In place of --noise: 0 keeps the photo, 1 keeps nothing of it; 0.5 is noise 0.9.")
 @click.option("--n", default=4, type=COUNT, help="Number of images.")
 def img2img(model, sampling, photo, name, noise, strength, n):
@@ -317,12 +321,13 @@ def panorama(model, sampling, name, width, wrap):
 @GUIDANCE
 @click.option("--seed", default=1, type=click.IntRange(min=0), help="Seed of the samples; 0 is that of the grids.")
 def evaluate(folder, data, n, allow_small_n, protocol, autoencoder, ema, steps, sampler, guidance, seed):
-    """Measure reconstructions or samples against dev photos: a table here; JSON with its provenance and a figure in the run's folder `evaluation`.
+    """Measure reconstructions or samples against dev photos: a table here; JSON with its provenance and a figure in the run's `evaluation`.
 
-    Stage 1: PSNR, SSIM, LPIPS, rFID. Stage 2: FID, KID, precision, recall, density, coverage. Each is printed next to its real-vs-real baseline."""
+    Stage 1: PSNR, SSIM, LPIPS, rFID. Stage 2: FID, KID, precision, recall, density, coverage. Each next to its real-vs-real baseline."""
     from image_diffusion.data import load_prepared
     from image_diffusion.evaluate import evaluate_run, evaluation_table
-    path, content = evaluate_run(folder, load_prepared(data), n, allow_small_n, protocol, autoencoder, ema, guidance=guidance, steps=steps, sampler=sampler, seed=seed)
+    path, content = evaluate_run(folder, load_prepared(data), n, allow_small_n, protocol, autoencoder, ema,
+                                 guidance=guidance, steps=steps, sampler=sampler, seed=seed)
     click.echo(evaluation_table(content["records"]))
     click.echo(f"JSON: {path}" + (f", figure: {path.with_suffix('.png').name}" if path.with_suffix(".png").exists() else ""))
 
@@ -339,8 +344,11 @@ def diagnose(folders, out):
     click.echo(f"Figure: {path}")
 
 # %% ../nbs/90_cli.ipynb #3fc78a95
+FIGURES = ["trends", "stage1", "latents", "codebook", "stage2", "denoising", "panorama", "trends_stage2", "samplers"]
+
+
 @main.command()
-@click.argument("name", type=click.Choice(["trends", "stage1", "latents", "codebook", "stage2", "denoising", "panorama", "trends_stage2", "samplers"]))
+@click.argument("name", type=click.Choice(FIGURES))
 @RUNS
 @click.option("--out", type=PATH, help="PNG to write.  [default: NAME.png in the first run's folder]")
 @click.option("--data", type=PATH, help="Folder made by `prepare`, whose dev photos are the originals; "

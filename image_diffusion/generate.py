@@ -35,7 +35,7 @@ from .unet import UNet, UNetConfig
 # %% ../nbs/70_generate.ipynb #eb707a9e
 @dataclass
 class LatentDiffusion:
-    "A trained diffusion model with its autoencoder, in eval mode. Methods return images (N,3,H,W) float32 in [-1,1] on the CPU; `**sampling` is that of `generate_latents`."
+    "A trained diffusion model with its autoencoder, in eval mode. Images are (N,3,H,W) float32 in [-1,1], results on the CPU."
     denoiser: Denoiser
     scale: LatentScale
     autoencoder: Autoencoder
@@ -95,7 +95,7 @@ class LatentDiffusion:
 def build_networks(
     config: dict,  # of a diffusion model's snapshot
 ) -> torch.nn.ModuleDict:
-    "The network and the latent scale that a config describes, under the names of the snapshot's tensors. ValueError for a config that contradicts itself."
+    "The network and the latent scale of a config, named as in the snapshot. ValueError for a config that contradicts itself."
     unet = UNetConfig(**config["unet"])
     if config["latent_shape"] != [unet.in_ch, unet.size, unet.size] or not 0 < unet.size <= MAX_SIDE:
         raise ValueError("its latents are of another shape than its network's")
@@ -120,15 +120,17 @@ def load_parts(
         raise UserError(f"{folder} is not the run of a prior, or one of an older version: give a folder that train-diffusion wrote.")
     autoencoder = load_autoencoder(autoencoder or run.folder / str(run.config.get("autoencoder")))
     if autoencoder.sha256 != config["autoencoder"]:
-        raise UserError(f"The autoencoder in {autoencoder.folder} is not the one that this prior was trained with: give the right one with --autoencoder.")
+        raise UserError(f"The autoencoder in {autoencoder.folder} is not the one that this prior was trained with: "
+                        "give the right one with --autoencoder.")
     networks = load_network(lambda: build_networks(config), tensors if ema is None else tensors | reconstruct_ema(folder, ema), folder)
     if not (networks["scale"].std > 0).all() or autoencoder.bottleneck.z_channels != config["latent_shape"][0]:
-        raise UserError(f"The snapshot in {folder} has a latent scale that cannot be, or that of another autoencoder: restore it from a copy, or train it again.")
+        raise UserError(f"The snapshot in {folder} has a latent scale that cannot be, or that of another autoencoder: "
+                        "restore it from a copy, or train it again.")
     parts = {"denoiser": Denoiser(networks["net"], config["parameterization"]), "scale": networks["scale"], "autoencoder": autoencoder}
     parts = {name: precision.place(module).eval().requires_grad_(False) for name, module in parts.items()}
     sigma_min, sigma_max = sigma_range(config["noise_levels"])
-    return parts | {"classes": config["classes"], "latent_shape": tuple(config["latent_shape"]), "sigma_min": sigma_min, "sigma_max": sigma_max,
-                    "step": config["step"], "precision": precision, "folder": run.folder, "sha256": config["sha256"]}
+    return parts | {"latent_shape": tuple(config["latent_shape"]), "sigma_min": sigma_min, "sigma_max": sigma_max, "precision": precision,
+                    "folder": run.folder} | {name: config[name] for name in ("classes", "step", "sha256")}
 
 # %% ../nbs/70_generate.ipynb #5bcbd758
 def class_labels(
@@ -152,7 +154,8 @@ def labels_of(
 ) -> torch.Tensor:
     "The classes of data rows in the model's own numbering, (N,) on its device. UserError if the data have other classes or another size."
     if data.size != model.size:
-        raise UserError(f"The photos in {data.folder} are {data.size} px, this prior samples {model.size} px: prepare them with --size {model.size}.")
+        raise UserError(f"The photos in {data.folder} are {data.size} px, this prior samples {model.size} px: "
+                        f"prepare them with --size {model.size}.")
     return class_labels(model, [data.classes[label] if label >= 0 and model.classes else None for label in data.labels[rows]])
 
 # %% ../nbs/70_generate.ipynb #a9a35414
@@ -164,14 +167,14 @@ def generate_latents(
     guidance=None,         # 1 = none; a number, or (B,) one per image; None: the default, which is 1 without classes
     denoiser=None,         # None: the model's own
     shape: tuple = None,   # (C,h,w); None: the model's own
-    **sampling,            # seed, steps, sampler, schedule, sigma_min, sigma_max, interval, noise, start, wrap_denoiser, callback of `sample_latents`
+    **sampling,            # what else `sample_latents` takes: seed, steps, sampler, schedule, sigma_min, sigma_max, interval, noise ...
 ) -> torch.Tensor:
-    "Normalized latents (B,C,h,w) float32. UserError for no steps, no images, or guidance where there are no classes; SamplingError for numbers that are not finite."
+    "Normalized latents (B,C,h,w) float32. UserError for no steps, no images, or guidance without classes, or if they are not finite."
     if (steps := sampling.get("steps", 20)) < 1 or len(labels) < 1:
-        raise UserError(f"Sampling needs at least one step and one picture, not {steps} and {len(labels)}.")
+        raise UserError(f"Sampling needs at least one step and one image, not {steps} and {len(labels)}.")
     guidance = model.guidance if guidance is None else guidance
     if not model.classes and (torch.as_tensor(guidance) != 1).any():
-        raise UserError("This prior was trained without classes, so that guidance has nothing to push towards: leave guidance out.")
+        raise UserError("This prior was trained without classes, so that there is nothing to guide towards: leave guidance out.")
     sampling = {"sigma_min": model.sigma_min, "sigma_max": model.sigma_max} | sampling
     with model.precision.autocast():
         return sample_latents(denoiser or model.denoiser, shape or model.latent_shape, labels, indices, guidance=guidance, **sampling)
@@ -194,7 +197,8 @@ def batchwise(
     progress: bool = False,  # show a bar with the time left
 ) -> torch.Tensor:
     "Images (n,3,H,W) on the CPU, computed a batch at a time."
-    with tqdm(range(0, max(1, n), batch_size), desc="sample", unit="batch", disable=not progress, mininterval=1.0) as starts:   # an error gets a line of its own
+    starts = range(0, max(1, n), batch_size)
+    with tqdm(starts, desc="sample", unit="batch", disable=not progress, mininterval=1.0) as starts:    # an error gets a line of its own
         return torch.cat([sample(slice(start, min(n, start + batch_size))).cpu() for start in starts])
 
 # %% ../nbs/70_generate.ipynb #09c2af2f
@@ -211,7 +215,8 @@ def generate(
     "Sample images (N,3,H,W) float32 in [-1,1] on the CPU. UserError as for `generate_latents`."
     def sample(batch):
         own = guidance[batch] if torch.is_tensor(guidance) else guidance
-        return decode(model, generate_latents(model, labels[batch], range(first + batch.start, first + batch.stop), own, seed=seed, **sampling))
+        indices = range(first + batch.start, first + batch.stop)
+        return decode(model, generate_latents(model, labels[batch], indices, own, seed=seed, **sampling))
     return batchwise(sample, len(labels), batch_size, progress)
 
 
@@ -235,9 +240,9 @@ def guidance_grid(
     **sampling,            # of `generate`
 ) -> tuple:
     "Every class at every guidance: images (R*len(guidances)*each,3,H,W), one row per class, row names and column names."
-    labels = class_labels(model, [name for name in model.classes or [None] for _ in range(each)])                      # (R*each,)
-    columns = [generate(model, labels, seed, guidance=g, **sampling).unflatten(0, (-1, each)) for g in guidances]      # each (R,each,3,H,W)
-    images = torch.cat(columns, dim=1).flatten(0, 1)                                                                   # (R*G*each,3,H,W)
+    labels = class_labels(model, [name for name in model.classes or [None] for _ in range(each)])                     # (R*each,)
+    columns = [generate(model, labels, seed, guidance=g, **sampling).unflatten(0, (-1, each)) for g in guidances]     # each (R,each,3,H,W)
+    images = torch.cat(columns, dim=1).flatten(0, 1)                                                                  # (R*G*each,3,H,W)
     return images, model.classes, [f"guidance {g:g}" if i == 0 else "" for g in guidances for i in range(each)]
 
 # %% ../nbs/70_generate.ipynb #77e625d8
@@ -260,7 +265,7 @@ def mix_classes(
 ):  # `denoise(x, sigma, label)`
     "Denoise towards a mixture of two classes: of `label`, and of `other`. Two evaluations."
     def denoise(x, sigma, label=None):
-        repeats = len(x) // len(other)                                          # guidance asks for all images twice, the second time without a class
+        repeats = len(x) // len(other)                                          # guidance asks for all images twice, then without a class
         far = torch.where(label < 0, label, other.repeat(repeats))              # (B,)
         return torch.lerp(denoiser(x, sigma, label), denoiser(x, sigma, far), t.repeat(repeats)[:, None, None, None])
     return denoise
@@ -282,7 +287,8 @@ def interpolate(
     start, end = (class_labels(model, [name], n) for name in classes)                                           # (n,)
     def sample(batch):
         denoiser = model.denoiser if classes[0] == classes[1] else mix_classes(model.denoiser, end[batch], t[batch].to(end.device))
-        z = generate_latents(model, start[batch], range(batch.start, batch.stop), seed=seed, noise=noise[batch], denoiser=denoiser, **sampling)
+        indices = range(batch.start, batch.stop)
+        z = generate_latents(model, start[batch], indices, seed=seed, noise=noise[batch], denoiser=denoiser, **sampling)
         return decode(model, z)
     return batchwise(sample, n, batch_size)
 
@@ -307,7 +313,8 @@ def encode(
 ) -> torch.Tensor:
     "Normalized latents (B,C,h,w) of images. UserError for another size."
     if x.shape[1:] != (3, model.size, model.size):
-        raise UserError(f"This prior takes pictures of shape (3, {model.size}, {model.size}), not {tuple(x.shape[1:])}: crop and resize them first (`load_photo` does).")
+        raise UserError(f"This prior takes images of shape (3, {model.size}, {model.size}), not {tuple(x.shape[1:])}: "
+                        "crop and resize them first (`load_photo` does).")
     with model.precision.autocast():
         h = model.autoencoder.encode(x.to(model.precision.device))
         return model.scale.normalize(model.autoencoder.latent(h)[0].float())
@@ -337,8 +344,8 @@ def img2img(
     if not model.sigma_min < sigma <= model.sigma_max * 1.001:
         raise UserError(f"The noise level must lie above {model.sigma_min:.2g} and be {model.sigma_max:.4g} at most, not {sigma:g}.")
     def sample(batch):
-        z = generate_latents(model, labels[batch], range(batch.start, batch.stop), start=encode(model, x[batch]), sigma_max=min(sigma, model.sigma_max), **sampling)
-        return decode(model, z)
+        z, indices = encode(model, x[batch]), range(batch.start, batch.stop)
+        return decode(model, generate_latents(model, labels[batch], indices, start=z, sigma_max=min(sigma, model.sigma_max), **sampling))
     return batchwise(sample, len(x), batch_size)
 
 # %% ../nbs/70_generate.ipynb #d83e3795
@@ -352,7 +359,8 @@ def inpaint(
 ) -> torch.Tensor:
     "Fill what the mask leaves open: images (B,3,H,W). UserError for a mask of another size."
     if mask.shape[1:] != (1, *x.shape[2:]) or len(mask) not in (1, len(x)):
-        raise UserError(f"The mask is of shape {tuple(mask.shape)}, the pictures of {tuple(x.shape)}: a mask has one channel and the same sides.")
+        raise UserError(f"The mask is of shape {tuple(mask.shape)}, the images of {tuple(x.shape)}: "
+                        "a mask has one channel and the same sides.")
     hole = (mask > 0.5).float().expand(len(x), -1, -1, -1)                                        # (B,1,H,W)
     def sample(batch):
         z = encode(model, x[batch])                                                               # (b,C,h,w)
@@ -371,7 +379,8 @@ def load_mask(
     gray, _ = load_photo(path, size).mean(1, keepdim=True), load_photo(photo, size)      # both can be read, by a decoder that is allowed
     sides = [turn_upright(Image.open(file, formats=FORMATS)).size for file in (path, photo)]
     if sides[0] != sides[1]:
-        raise UserError("The mask {} is {} x {} px, the photo {} is {} x {} px: make a mask of the photo's size.".format(path, *sides[0], photo, *sides[1]))
+        raise UserError("The mask {} is {} x {} px, the photo {} is {} x {} px: make a mask of the photo's size."
+                        .format(path, *sides[0], photo, *sides[1]))
     return (gray > 0).float()
 
 # %% ../nbs/70_generate.ipynb #974c65e9
@@ -388,9 +397,9 @@ def panorama(
     (channels, side, _), factor = model.latent_shape, model.autoencoder.factor
     if width < model.size or width % factor:
         raise UserError(f"A panorama is at least {model.size} px wide, and a multiple of {factor} px, not {width} px.")
-    labels = torch.full((1,), label, device=model.precision.device)
+    labels, shape = torch.full((1,), label, device=model.precision.device), (channels, side, width // factor)
     windows = windowed(model.denoiser, side, side // 2, wrap)
-    z = generate_latents(model, labels, [first], seed=seed, shape=(channels, side, width // factor), denoiser=windows, **sampling)   # (1,C,h,w)
+    z = generate_latents(model, labels, [first], seed=seed, shape=shape, denoiser=windows, **sampling)      # (1,C,h,w)
     if not wrap:
         return decode(model, z).cpu()
     around = torch.cat([z[..., -side:], z, z[..., :side]], dim=-1)                      # the decoder, too, sees what is across the edge

@@ -35,11 +35,12 @@ def sampling_minutes(
 
     precision, model, batch = Precision.pick(), PRESETS[preset].model, 16
     net = precision.place(UNet(model)).eval()
-    x, c_noise = torch.randn(batch, model.in_ch, model.size, model.size, device=precision.device), torch.zeros(batch, device=precision.device)
+    x = torch.randn(batch, model.in_ch, model.size, model.size, device=precision.device)
+    c_noise = torch.zeros(batch, device=precision.device)
 
     def evaluation_seconds():
         start = time.monotonic()
-        with torch.no_grad(), precision.autocast(): net(x, c_noise).sum().item()                  # a number on the CPU: a GPU has finished, too
+        with torch.no_grad(), precision.autocast(): net(x, c_noise).sum().item()            # a number on the CPU: a GPU has finished, too
         return time.monotonic() - start
     return min(evaluation_seconds() for _ in range(3)) * EVALUATIONS * images / batch / 60      # the first ones warm up
 
@@ -69,7 +70,7 @@ def prepare_photos(
     labels: str,
     downloads: str,
 ):
-    "The prepared set (ImageDataset): in the run's folder; in Colab on the machine's own disk, with a packed copy in the run's folder on Drive."
+    "The prepared set, an ImageDataset: in the run's folder; in Colab on the machine's own disk, with a packed copy in the run's folder."
     from image_diffusion.data import prepare
     from image_diffusion.drive import in_colab
 
@@ -91,19 +92,20 @@ def train_both_stages(
     from image_diffusion.train_diffusion import train_diffusion
     from image_diffusion.training import minutes_left
 
-    preset, kinds, seed, total, used = settings["preset"], settings["bottlenecks"], settings["seed"], 60 * settings["hours"], data.manifest["seconds"] / 60
+    preset, kinds, total, used = settings["preset"], settings["bottlenecks"], 60 * settings["hours"], data.manifest["seconds"] / 60
+    common = {"seed": settings["seed"], "save_every_minutes": min(5, total / 10)}
     for kind in kinds:
         run = folder / f"autoencoder-{kind}"
         minutes = recorded_minutes(run) or total * AUTOENCODER_SHARE / len(kinds)
-        result = train_autoencoder(data, run, f"{preset}-{kind}", minutes, seed=seed, save_every_minutes=min(5, total / 10), time_limit=minutes_left(end))
+        result = train_autoencoder(data, run, f"{preset}-{kind}", minutes, time_limit=minutes_left(end), **common)
         used += result["minutes"]
-        codes = "{dev_codes_used} codes used, perplexity {dev_perplexity:.0f}".format(**result) if {"dev_codes_used", "dev_perplexity"} <= result.keys() else ""
+        has_codes = {"dev_codes_used", "dev_perplexity"} <= result.keys()
+        codes = f", {result['dev_codes_used']} codes used, perplexity {result['dev_perplexity']:.0f}" if has_codes else ""
         click.echo(f"Trained the {kind.upper()} autoencoder in {result['minutes']:.1f} minutes ({result['step']} steps): "
-                   f"dev PSNR {result['dev_psnr']:.2f} dB, SSIM {result['dev_ssim']:.3f}{codes and ', ' + codes}.")
+                   f"dev PSNR {result['dev_psnr']:.2f} dB, SSIM {result['dev_ssim']:.3f}{codes}.")
     run = folder / "prior"
     minutes = recorded_minutes(run) or diffusion_minutes(total, used, sampling_minutes(preset, settings["samples"] + GRID_IMAGES))
-    result = train_diffusion(data, folder / f"autoencoder-{kinds[0]}", run, preset, minutes, seed=seed, save_every_minutes=min(5, total / 10),
-                             time_limit=minutes_left(end))
+    result = train_diffusion(data, folder / f"autoencoder-{kinds[0]}", run, preset, minutes, time_limit=minutes_left(end), **common)
     click.echo(f"Trained the prior in {result['minutes']:.1f} minutes ({result['step']} steps): dev loss {result['dev_loss']:.4f}.")
 
 # %% ../nbs/80_pipeline.ipynb #9932339a
@@ -125,10 +127,12 @@ def sample_and_measure(
     autoencoders = {kind.upper(): folder / f"autoencoder-{kind}" for kind in settings["bottlenecks"]}
     records = [record for run in autoencoders.values() for record in evaluate_autoencoder(run, data, allow_small_n=True)]
     records += evaluate_prior(model, data, settings["samples"], allow_small_n=True)
-    build_report(folder / "report.html", f"image_diffusion: {settings['source']}", settings, autoencoders, folder / "prior", data, records, grid)
+    title = f"image_diffusion: {settings['source']}"
+    build_report(folder / "report.html", title, settings, autoencoders, folder / "prior", data, records, grid)
     for record in records:
         baseline = f" (real photos: {record['baseline']:.4g})" if "baseline" in record else ""
-        click.echo(f"  {record['of']}: " + (record["reason"] if record["value"] is None else f"{record['name']} {record['value']:.4g}{baseline}"))
+        number = record["reason"] if record["value"] is None else f"{record['name']} {record['value']:.4g}{baseline}"
+        click.echo(f"  {record['of']}: {number}")
     return records
 
 # %% ../nbs/80_pipeline.ipynb #d002b98b
@@ -159,7 +163,7 @@ def run(
     downloads: str = "downloads",  # folder for downloaded files
     time_limit=None,          # of this session, such as "3h30m" or minutes: training saves and stops before it is over
 ) -> Path:
-    "From photos to a report: prepare, train autoencoder(s) and diffusion model, sample, measure. Returns the report; the same call again resumes."
+    "From photos to a report: prepare, train, sample, measure. Returns the report's path; the same call again resumes."
     from image_diffusion.data import planned, source_name, validate_settings
     from image_diffusion.drive import open_run
     from image_diffusion.train_autoencoder import PRESETS as AUTOENCODERS, check_data
@@ -194,7 +198,7 @@ def demo(
     minutes: float = 8.5,  # for everything
     fresh: bool = False,   # delete what an earlier demo left in the folder
 ) -> Path:
-    "`run` on synthetic landscapes with both autoencoders of the smallest preset; with less time on fewer of them, and fewer samples. Returns the report."
+    "`run` on synthetic landscapes, smallest preset, both autoencoders; less time means fewer landscapes and fewer samples."
     photos, samples = min(4000, max(200, int(500 * minutes))), min(512, max(32, int(64 * minutes)))
     return run("synthetic", folder, "tiny", minutes / 60, ("kl", "vq"), limit=photos, samples=samples, fresh=fresh)
 
