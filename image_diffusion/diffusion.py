@@ -196,7 +196,7 @@ NO_SIGNAL = 2.0**24  # stands for an infinite sigma: the image is below the reso
 
 
 def linear_alpha_bars() -> torch.Tensor:
-    "(1000,) float64, decreasing: the share of variance that is left of the image, for betas from 1e-4 to 0.02, even in their root (Rombach et al. 2022)."
+    "The image's share of the variance, (1000,) float64, for betas from 1e-4 to 0.02, even in their root (Rombach et al. 2022)."
     betas = torch.linspace(1e-4**0.5, 0.02**0.5, 1000, dtype=torch.float64) ** 2           # (1000,)
     return (1 - betas).cumprod(0)
 
@@ -222,7 +222,7 @@ def linear_sigmas(u: torch.Tensor) -> torch.Tensor:
 
 
 def zero_snr_sigmas(u: torch.Tensor) -> torch.Tensor:
-    "The thousand levels of `linear_sigmas` with zero signal at the last, from 0.01 to `NO_SIGNAL`; the last but one is 3,539 (Lin et al. 2023)."
+    "The thousand levels of `linear_sigmas` with zero signal at the last, from 0.01 to `NO_SIGNAL` (Lin et al. 2023)."
     return table_sigmas(u, zero_snr_alpha_bars())
 
 

@@ -62,7 +62,8 @@ def sigma_schedule(
     "A list of noise levels by name; UserError for an unknown name, SamplingError for impossible numbers."
     schedule = lookup(SIGMA_SCHEDULES, name, "noise schedule")
     if n < 1 or not 0 < sigma_min < sigma_max:
-        raise SamplingError(f"The schedule needs n >= 1 and 0 < sigma_min < sigma_max, not n={n}, sigma_min={sigma_min}, sigma_max={sigma_max}.")
+        raise SamplingError(f"The schedule needs n >= 1 and 0 < sigma_min < sigma_max, not n={n}, sigma_min={sigma_min}, "
+                            f"sigma_max={sigma_max}.")
     return schedule(n, sigma_min, sigma_max)
 
 # %% ../nbs/63_sampling.ipynb #e812ec43
@@ -240,7 +241,7 @@ def unic_correct(
 
 @sampler
 def sample_unipc(denoise, x, sigmas, noise=None, callback=None) -> torch.Tensor:
-    "UniPC-2 (Zhao et al. 2023, algorithms 1 and 2, predicting data): third order, one call of `denoise` per step; arguments as in `sample_euler`."
+    "UniPC-2 (Zhao et al. 2023, algorithms 1 and 2): third order, one call of `denoise` per step; arguments as in `sample_euler`."
     history, x_last = [], None
     for i, (sigma, sigma_next) in enumerate(sigma_pairs(sigmas)):
         denoised = denoise_at(denoise, x, sigma)
