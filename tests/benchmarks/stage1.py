@@ -2,9 +2,9 @@
 
     python tests/benchmarks/stage1.py photos.zip --minutes 45 kl original diffusers
 
-Each contestant is trained for the same minutes from the same seed, one after the other, and measured on the held-out photos: PSNR, SSIM,
+Each variant is trained for the same minutes from the same seed, one after the other, and measured on the held-out photos: PSNR, SSIM,
 FD-lite0 of the reconstructions, codes used. With `--one-core` each trains on one core and for minutes of that core's time, whatever else
-the machine does; two such runs can go side by side. `--seed 1` is another draw of weights and order. Without names it lists the contestants.
+the machine does; two such runs can go side by side. `--seed 1` is another draw of weights and order. Without names it lists the variants.
 """
 import argparse
 import json
@@ -29,18 +29,18 @@ from image_diffusion.train_autoencoder import PRESETS, AutoencoderStage
 from image_diffusion.ema import make_ema
 from image_diffusion.training import Budget, Precision, fit
 
-KL, VQ, SEED = PRESETS["photos64-kl"], PRESETS["photos64-vq"], PRESETS["original-kl"]
+KL, VQ, BASELINE = PRESETS["photos64-kl"], PRESETS["photos64-vq"], PRESETS["original-kl"]
 F8 = replace(KL, model=replace(KL.model, z_channels=4 * KL.model.z_channels, patch=8, ch=192, ch_mult=(1,), enc_blocks=2, dec_blocks=3))
 WIDE = replace(KL, model=replace(KL.model, ch=64, enc_blocks=2, dec_blocks=3))
-PIXELS = dict(perceptual_weight=0.0, disc=replace(KL.disc, weight=0.0))      # no judge but L1 and MSE
+PIXELS = dict(perceptual_weight=0.0, disc=replace(KL.disc, weight=0.0))      # only L1 and MSE
 
 
-def seed_recipe(z_channels=KL.model.z_channels):
-    "The first attempt's network, channels 1:2:3, at 64 px and with about the parameters of photos64; its losses, lr and batch."
-    model = replace(SEED.model, ch=32, num_groups=8, z_channels=z_channels)
+def baseline_recipe(z_channels=KL.model.z_channels):
+    "The baseline's network, channels 1:2:3, at 64 px and with about the parameters of photos64; its losses, lr and batch."
+    model = replace(BASELINE.model, ch=32, num_groups=8, z_channels=z_channels)
     wanted = count_parameters(make_autoencoder(KL.model))
     model = min((replace(model, ch=ch) for ch in range(16, 129, 8)), key=lambda m: abs(count_parameters(make_autoencoder(m)) - wanted))
-    return replace(SEED, model=model, size=KL.size, kl_weight=5e-6 * z_channels * (KL.size // 4) ** 2)
+    return replace(BASELINE, model=model, size=KL.size, kl_weight=5e-6 * z_channels * (KL.size // 4) ** 2)
 
 
 class Theirs(nn.Module):
@@ -80,13 +80,13 @@ def theirs(*channels):
     return type("TheirStage", (TheirStage,), {"channels": channels})
 
 
-CONTESTANTS = {   # name -> (recipe, stage)
-    "kl": (KL, AutoencoderStage), "vq": (VQ, AutoencoderStage), "original": (seed_recipe(), AutoencoderStage),
+VARIANTS = {   # name -> (recipe, stage)
+    "kl": (KL, AutoencoderStage), "vq": (VQ, AutoencoderStage), "original": (baseline_recipe(), AutoencoderStage),
     "f8": (F8, AutoencoderStage), "f8-pixels": (replace(F8, **PIXELS), AutoencoderStage),
     "f8-lr0.0007": (replace(F8, lr=7e-4), AutoencoderStage), "wide": (WIDE, AutoencoderStage),
-    "kl-early": (replace(VQ, model=KL.model), AutoencoderStage), "vq-late": (replace(KL, model=VQ.model), AutoencoderStage),   # each with the other's judges
+    "kl-early": (replace(VQ, model=KL.model), AutoencoderStage), "vq-late": (replace(KL, model=VQ.model), AutoencoderStage),   # each with the other's losses
     **{f"kl-features{weight}": (replace(KL, perceptual_weight=weight, perceptual_start=0.25), AutoencoderStage) for weight in (2.0, 4.0)},
-    "kl-louder": (replace(KL, disc=replace(KL.disc, weight=0.5, start=0.6)), AutoencoderStage),
+    "kl-disc0.5": (replace(KL, disc=replace(KL.disc, weight=0.5, start=0.6)), AutoencoderStage),
     "kl-equivariance0.25": (replace(KL, equivariance=0.25), AutoencoderStage),
     "kl-batch4": (replace(KL, batch_size=4), AutoencoderStage),
     "kl-pixels": (replace(KL, **PIXELS), AutoencoderStage), "vq-pixels": (replace(VQ, **PIXELS), AutoencoderStage),
@@ -106,8 +106,8 @@ def measure(stage, data):
 
 
 def train(name, data, minutes, seed, out):
-    "Train one contestant as a run in out/name, which goes on when the command is given again, and print its numbers as a line of JSON."
-    recipe, stage_class = CONTESTANTS[name]
+    "Train one variant as a run in out/name, which resumes when the command is run again, and print its numbers as a line of JSON."
+    recipe, stage_class = VARIANTS[name]
     recipe, name = replace(recipe, seed=seed), f"{name}-seed{seed}" if seed else name
     perceptual = FeatureDistance(load_lite0()) if recipe.perceptual_weight else None
     stage = stage_class(data, recipe, Precision.pick(), perceptual, "lite0" if perceptual else None)
@@ -128,14 +128,14 @@ def on_one_core():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", nargs="?", help="photos: anything that `image_diffusion prepare` takes")
-    parser.add_argument("names", nargs="*", help="contestants")
+    parser.add_argument("names", nargs="*", help="variants")
     parser.add_argument("--minutes", type=float, default=45)
     parser.add_argument("--one-core", action="store_true", help="one thread, and minutes of processor time")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/stage1"), help="prepared photos, and a run folder for each contestant")
+    parser.add_argument("--out", type=Path, default=Path("runs/stage1"), help="prepared photos, and a run folder for each variant")
     args = parser.parse_intermixed_args()
-    if not args.names or set(args.names) - set(CONTESTANTS):
-        sys.exit("contestants: " + ", ".join(CONTESTANTS))
+    if not args.names or set(args.names) - set(VARIANTS):
+        sys.exit("variants: " + ", ".join(VARIANTS))
     if args.one_core:
         on_one_core()
     folder = args.out / f"data{KL.size}"

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/stage1_step.py
 
-Prints ratios of medians, turns taken in one process on the CPU, on drawn landscapes:
+Prints ratios of medians, turns taken in one process on the CPU, on synthetic landscapes:
 1. a full step (both optimizers, discriminator on) of `lhq128-kl` and `lhq128-fast-kl` against `original-kl`, with and without LPIPS
    (VGG16 with random weights: the time is the same);
 2. our classic network (`patch=1`) against diffusers' `AutoencoderKL` with the same weights, losses and step;

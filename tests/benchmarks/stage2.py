@@ -1,11 +1,11 @@
 """Which prior is better after the same minutes on the same latents?
 
-    python tests/benchmarks/stage2.py data/photos64 runs/kl --minutes 60 ours first-attempt
+    python tests/benchmarks/stage2.py data/photos64 runs/kl --minutes 60 ours baseline
 
-Each contestant is trained for the same minutes from the same seed on the latents of one autoencoder, one after the other, and draws the same
+Each variant is trained for the same minutes from the same seed on the latents of one autoencoder, one after the other, and draws the same
 number of samples (classes in the proportions of the train split, EMA weights, DPM-Solver++(2M), 20 evaluations, guidance 2 or `--guidance`), which are
 compared with the dev photos: FD-lite0, FD-random, KID, and class accuracy. With `--one-core` each trains on one core and for minutes
-of that core's time, whatever else the machine does. The same command again goes on. Without names it lists the contestants.
+of that core's time, whatever else the machine does. The same command again resumes. Without names it lists the variants.
 """
 import argparse
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from stage1 import on_one_core
-from stage2_step import FirstAttempt
+from stage2_step import Baseline
 
 from image_diffusion.autoencoder import count_parameters
 from image_diffusion.data import load_prepared, to_bytes
@@ -35,28 +35,28 @@ from image_diffusion.training import Budget, Precision, fit
 from image_diffusion.unet import UNet
 
 OURS = PRESETS["photos64"]
-SEED = replace(PRESETS["original"], model=OURS.model, batch_size=OURS.batch_size, power_emas=())
+BASELINE = replace(PRESETS["original"], model=OURS.model, batch_size=OURS.batch_size, power_emas=())
 TINY = PRESETS["tiny"]                                                              # for the demo's data and autoencoder
 WIDE = replace(TINY, model=replace(TINY.model, ch=48, head_ch=48, num_groups=16))   # the demo's prior before
 F8 = replace(OURS, model=replace(OURS.model, size=8, ch=128, ch_mult=(1, 2)))       # for an f = 8 autoencoder's latents; a step costs 0.8 of ours
 
 
-class FirstAttemptStage(DiffusionStage):
-    "Our steps around the first attempt's network, of about as many parameters as ours."
+class BaselineStage(DiffusionStage):
+    "Our steps around the baseline's network, of about as many parameters as ours."
     def __init__(self, latents, recipe, *args):
         super().__init__(latents, recipe, *args)
         torch.manual_seed(recipe.seed)
         wanted = count_parameters(UNet(recipe.model))
-        nets = (FirstAttempt((a, 16 * round(1.9 * a / 16), 16 * round(3.6 * a / 16)), latents.shape[0], max(1, len(self.classes))) for a in range(32, 161, 16))
+        nets = (Baseline((a, 16 * round(1.9 * a / 16), 16 * round(3.6 * a / 16)), latents.shape[0], max(1, len(self.classes))) for a in range(32, 161, 16))
         net = min(nets, key=lambda net: abs(count_parameters(net) - wanted))
         self.denoiser = self.precision.place(Denoiser(net, recipe.parameterization)).train()
         self.ema = make_ema(self.denoiser, recipe.ema_decay)
         self.optimizer = torch.optim.AdamW(self.denoiser.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.01)
 
 
-CONTESTANTS = {   # name -> (recipe, stage)
+VARIANTS = {   # name -> (recipe, stage)
     "ours": (OURS, DiffusionStage),
-    "first-attempt": (SEED, FirstAttemptStage), "first-attempt-lr1e-3": (replace(SEED, lr=1e-3), FirstAttemptStage),
+    "baseline": (BASELINE, BaselineStage), "baseline-lr1e-3": (replace(BASELINE, lr=1e-3), BaselineStage),
     "eps-linear": (replace(OURS, parameterization="eps", noise_levels="linear", weighting="uniform"), DiffusionStage),
     "v-zero_snr": (replace(OURS, noise_levels="zero_snr"), DiffusionStage),
     "v-cosine-edm": (replace(OURS, weighting="edm"), DiffusionStage),
@@ -70,7 +70,7 @@ CONTESTANTS = {   # name -> (recipe, stage)
 
 
 def as_prior(stage, recipe, step):
-    "What draws with a stage's EMA weights."
+    "A model of a stage's EMA weights."
     return LatentDiffusion(stage.ema.module.eval(), stage.scale, stage.autoencoder, stage.classes, stage.latents.shape, *sigma_range(recipe.noise_levels), step, stage.precision)
 
 
@@ -86,8 +86,8 @@ def measure(prior, data, samples, guidance, seed=1):
 
 
 def train(name, data, latents, autoencoder, minutes, samples, guidances, out):
-    "Train one contestant as a run in out/name, and print its numbers as a line of JSON for each strength of guidance."
-    recipe, stage_class = CONTESTANTS[name]
+    "Train one variant as a run in out/name, and print its numbers as a line of JSON for each guidance."
+    recipe, stage_class = VARIANTS[name]
     recipe = replace(recipe, model=replace(recipe.model, in_ch=latents.shape[0], num_classes=data.num_classes))
     stage = stage_class(latents, recipe, autoencoder, data.classes, Precision.pick())
     run = Run.open(out / name, {"stage": "diffusion", "preset": name, "recipe": asdict(recipe), "minutes": minutes, "autoencoder": latents.autoencoder_sha256})
@@ -103,17 +103,17 @@ def train(name, data, latents, autoencoder, minutes, samples, guidances, out):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="prepared photos, of 64 px for most contestants")
+    parser.add_argument("data", type=Path, help="prepared photos, of 64 px for most variants")
     parser.add_argument("autoencoder", type=Path, help="run folder of a trained autoencoder")
-    parser.add_argument("names", nargs="*", help="contestants")
+    parser.add_argument("names", nargs="*", help="variants")
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--guidance", type=float, nargs="+", default=[2.0], help="strengths, each measured (1 = none; photos without classes know no other)")
     parser.add_argument("--one-core", action="store_true", help="one thread, and minutes of processor time")
-    parser.add_argument("--out", type=Path, default=Path("runs/stage2"), help="a run folder for each contestant")
+    parser.add_argument("--out", type=Path, default=Path("runs/stage2"), help="a run folder for each variant")
     args = parser.parse_intermixed_args()
-    if not args.names or set(args.names) - set(CONTESTANTS):
-        sys.exit("contestants: " + ", ".join(CONTESTANTS))
+    if not args.names or set(args.names) - set(VARIANTS):
+        sys.exit("variants: " + ", ".join(VARIANTS))
     if args.one_core:
         on_one_core()
     data, autoencoder = load_prepared(args.data), load_autoencoder(args.autoencoder)

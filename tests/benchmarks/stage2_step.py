@@ -5,9 +5,9 @@
 Prints medians of ratios within a round, turns taken in one process on the CPU (forwards and backwards in alternate rounds, so that
 the load of the machine cancels), on random latents:
 1. a full step (forward, backward, AdamW) of `lhq128`'s network against diffusers' `UNet2DModel` with the same weights, and against the
-   graph of the first attempt with as many parameters (one skip per level, attention written out at 32x32, additive time);
+   graph of the baseline jklimmek/image-diffusion with as many parameters (one skip per level, attention written out at 32x32, additive time);
 2. sampling with `photos64`'s network, 20 steps of DPM-Solver++(2M): guidance everywhere and inside an interval against none;
-3. with `--grid`: 27 guided pictures by the default settings against the first attempt's way, 1,000 steps of DDPM with a pass with and a
+3. with `--grid`: 27 guided images by the default settings against the baseline's way, 1,000 steps of DDPM with a pass with and a
    pass without the class at each, on the same network of `photos64`; one round, which takes minutes.
 """
 import argparse
@@ -31,7 +31,7 @@ from image_diffusion.train_diffusion import PRESETS, sample_latents
 from image_diffusion.unet import UNet, diffusers_config, diffusers_state_dict, noise_embedding
 
 CLASSES = 3
-WIDTHS = (160, 304, 576)        # of the first attempt's graph: as many parameters as ours, and within 2% of its 11.4 GMAC
+WIDTHS = (160, 304, 576)        # of the baseline's graph: as many parameters as ours, and within 2% of its 11.4 GMAC
 INTERVALS = {"everywhere": (0.0, math.inf), "0.1 to 10": (0.1, 10.0), "0.3 to 5": (0.3, 5.0), "0.2 to 3": (0.2, 3.0)}
 STEPS, GUIDANCE, SIGMA_MIN, SIGMA_MAX = 20, 2.0, 0.01, 80.0
 
@@ -64,8 +64,8 @@ class Level(nn.Module):
         return x
 
 
-class FirstAttempt(nn.Module):
-    "The first attempt's graph: three levels, one skip for each."
+class Baseline(nn.Module):
+    "The baseline's graph: three levels, one skip for each."
     def __init__(self, widths=WIDTHS, in_ch=3, classes=CLASSES):
         super().__init__()
         a, b, c = widths
@@ -128,14 +128,14 @@ def unfold_zeros(net):
 def training(args):
     "1. A step of three networks."
     config = replace(PRESETS["lhq128"].model, num_classes=CLASSES)
-    ours, theirs, first = UNet(config), UNet2DModel(**diffusers_config(config)), FirstAttempt()
+    ours, theirs, baseline = UNet(config), UNet2DModel(**diffusers_config(config)), Baseline()
     unfold_zeros(ours)
     theirs.load_state_dict(diffusers_state_dict(ours))
     x, c_noise, label = torch.randn(args.batch, 3, config.size, config.size), torch.rand(args.batch) * 1000, torch.arange(args.batch) % CLASSES
     with torch.no_grad():
         difference = (ours.eval()(x, c_noise, label) - theirs.eval()(x, c_noise, label).sample).abs().max()
     print(f"largest difference between ours and diffusers': {difference:.1e}")
-    nets = {"ours, lhq128": ours, "diffusers UNet2DModel": theirs, "the first attempt's graph": first}
+    nets = {"ours, lhq128": ours, "diffusers UNet2DModel": theirs, "the baseline's graph": baseline}
     inputs = torch.zeros(1, dtype=torch.long)
     for name, net in nets.items():
         macs = count_macs(lambda x, c_noise, net=net: net(x, c_noise, inputs), (1, 3, config.size, config.size), (1,))
@@ -170,7 +170,7 @@ def guidance(args):
 
 
 def grid(args):
-    "3. Two ways to 27 guided pictures."
+    "3. Two ways to 27 guided images."
     config = replace(PRESETS["photos64"].model, num_classes=CLASSES)
     denoiser, labels, calls = Denoiser(UNet(config)).eval(), torch.arange(27) % CLASSES, []
     shape, levels = (config.in_ch, config.size, config.size), sigma_range("linear")
@@ -180,12 +180,12 @@ def grid(args):
         none, asked = denoiser(x, sigma, torch.full_like(labels, -1)), denoiser(x, sigma, labels)
         return none + GUIDANCE * (asked - none)
 
-    def first_attempt():
+    def baseline():
         sigmas = sigma_schedule("log_snr", 1000, *levels)
         return SAMPLERS["ddpm"](two_passes, sample_noise(0, range(27), shape) * sigmas[0], sigmas, step_noise(0, range(27), shape))
 
     seconds, evaluations = {}, {}
-    for name, draw in {"ours": lambda: sample_latents(denoiser, shape, labels, range(27)), "the first attempt's way": first_attempt}.items():
+    for name, draw in {"ours": lambda: sample_latents(denoiser, shape, labels, range(27)), "the baseline's way": baseline}.items():
         calls.clear()
         start = perf_counter()
         draw()
@@ -199,7 +199,7 @@ def grid(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant, after one to warm up")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each variant, after one to warm up")
     parser.add_argument("--batch", type=int, default=2, help="images in a step or a sampling")
     parser.add_argument("--grid", action="store_true", help="the third comparison alone")
     args = parser.parse_args()

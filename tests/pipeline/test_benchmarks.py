@@ -14,8 +14,8 @@ def test_a_script_finds_all_that_it_names(script, monkeypatch):
     runpy.run_path(str(script), run_name=script.stem)
 
 
-@pytest.mark.parametrize("words, known", [(["stage1", "photos.zip"], "diffusers-32"), (["stage2", "data", "runs/kl"], "first-attempt")])
-def test_without_names_it_lists_the_contestants(words, known, monkeypatch):
+@pytest.mark.parametrize("words, known", [(["stage1", "photos.zip"], "diffusers-32"), (["stage2", "data", "runs/kl"], "baseline")])
+def test_without_names_it_lists_the_variants(words, known, monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS[0].parent))
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit, match=known):

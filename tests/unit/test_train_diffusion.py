@@ -1,4 +1,4 @@
-"""Stage 2 across modules: recipes, averages chosen afterwards, and the commands that draw."""
+"""Stage 2 across modules: recipes, averages chosen afterwards, and the commands that sample."""
 import json
 from dataclasses import replace
 
@@ -180,7 +180,7 @@ def test_a_network_that_answers_nan_is_named(prior):
         generate(broken, class_labels(prior, prior.classes[:1], 1), steps=2)
 
 
-def test_the_first_attempts_recipe_is_a_preset():
+def test_the_recipe_of_the_baseline_is_a_preset():
     recipe = PRESETS["original"]
     assert (recipe.parameterization, recipe.noise_levels, recipe.weighting, recipe.ema_decay, recipe.power_emas) == ("eps", "linear", "uniform", 0.0, ())
 
