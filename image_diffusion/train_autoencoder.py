@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from .autoencoder import (Autoencoder, AutoencoderConfig, count_macs, count_parameters,
                                          make_autoencoder)
 from .bottleneck import CodebookUsage, code_counts
-from .cost import plan_lines, step_cost
+from .cost import describe_cost, step_cost
 from .data import ImageDataset, load_batch
 from .diagnostics import CHECK_EVERY, largest_activation
 from .discriminator import (GAN_LOSSES, LeCAM, PatchDiscriminator, adaptive_weight,
@@ -429,4 +429,4 @@ def plan_autoencoder(
         f"{preset}: autoencoder, {recipe.size} px, f = {recipe.model.factor}, bottleneck {recipe.model.bottleneck} of {recipe.model.z_channels} channels",
         f"weights   {whole:.1f} M, of which encoder {encoder:.1f}, decoder {decoder:.1f}",
         f"compute   {macs:.1f} GMAC per image forward; {cost['macs'] / recipe.batch_size / 1e9:.1f} per image of a training step ({judge}, discriminator on)",
-        *plan_lines(cost, recipe.batch_size, recipe.steps, on_gpu)])
+        *describe_cost(cost, recipe.batch_size, recipe.steps, on_gpu)])

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from .autoencoder import count_macs, count_parameters
-from .cost import plan_lines, step_cost
+from .cost import describe_cost, step_cost
 from .data import ImageDataset
 from .diffusion import (NOISE_LEVELS, SIGMA_MAX, SIGMA_MIN, Denoiser, check_combination, cosine_sigmas,
                                        drop_labels, loss_weight, min_snr_weight, sigma_range, stratified_u)
@@ -334,4 +334,4 @@ def plan_diffusion(
         f"{preset}: prior, latents of {channels} channels at {size}x{size}",
         f"weights   {weights:.1f} M",
         f"compute   {forward:.2f} GMAC per evaluation; {cost['macs'] / recipe.batch_size / 1e9:.1f} per image of a training step",
-        *plan_lines(cost, recipe.batch_size, recipe.steps, on_gpu)])
+        *describe_cost(cost, recipe.batch_size, recipe.steps, on_gpu)])
