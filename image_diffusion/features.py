@@ -71,12 +71,10 @@ def folder_batches(
         yield from in_batches(load_prepared(folder).images, batch_size=batch_size)
         return
     source = open_source(folder)
-    try:
-        if not source.photos: raise UserError(f"There are no pictures in {folder}: check the path.")
-        pixels = (read_pixels(open_file, photo.name) for photo, open_file in source.open_each(source.photos))
-        for _, group in itertools.groupby(pixels, key=np.shape):
-            while batch := list(itertools.islice(group, batch_size)): yield np.stack(batch)
-    finally: source.close()
+    if not source.photos: raise UserError(f"There are no pictures in {folder}: check the path.")
+    pixels = (read_pixels(open_file, photo.name) for photo, open_file in source.open_each(source.photos))
+    for _, group in itertools.groupby(pixels, key=np.shape):
+        while batch := list(itertools.islice(group, batch_size)): yield np.stack(batch)
 
 # %% ../nbs/30_features.ipynb #a5f33b98
 def image_batches(

@@ -20,9 +20,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .autoencoder import Autoencoder
-from .data import ImageDataset, load_batch, open_array
+from .data import ImageDataset, load_batch
 from .drive import scratch_folder
-from .files import UserError, read_json, summarize_error, write_json
+from .files import UserError, open_array, read_json, summarize_error, write_json
 from .plots import Figure, show_images
 
 # %% ../nbs/60_latents.ipynb #098d41fe

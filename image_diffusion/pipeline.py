@@ -164,7 +164,7 @@ def run(
     time_limit=None,          # of this session, such as "3h30m" or minutes: training saves and stops before it is over
 ) -> Path:
     "From photos to a report: prepare, train, sample, measure. Returns the report's path; the same call again resumes."
-    from image_diffusion.data import planned, source_name, validate_settings
+    from image_diffusion.data import make_plan, source_name, validate_settings
     from image_diffusion.drive import open_run
     from image_diffusion.train_autoencoder import PRESETS as AUTOENCODERS, check_data
     from image_diffusion.train_diffusion import PRESETS
@@ -174,8 +174,7 @@ def run(
     folder, end, size = Path(folder), session_end(time_limit), AUTOENCODERS[f"{preset}-{bottlenecks[0]}"].size
     data_settings, report = validate_settings(source, size, limit, 0, labels), folder / "report.html"
     if fresh or not (folder / "config.json").exists():
-        with planned(source, data_settings, labels, downloads):
-            pass                   # a wrong source is told before anything is made or deleted
+        make_plan(source, data_settings, labels, downloads)      # a wrong source is told before anything is made or deleted
     if fresh:
         start_over(folder)
     settings = {"source": source if source.startswith("synthetic") else source_name(source), "preset": preset, "hours": hours,

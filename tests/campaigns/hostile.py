@@ -23,7 +23,7 @@ import traceback
 import warnings
 import zipfile
 import zlib
-from contextlib import closing, redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from image_diffusion.autoencoder import AutoencoderConfig
-from image_diffusion.data import load_batch, load_prepared, pack, prepare, unpack, skip_reason
+from image_diffusion.data import Progress, load_batch, load_prepared, pack, prepare, unpack
 from image_diffusion.download import Download
 from image_diffusion.files import UserError, file_sha256
 from image_diffusion.landscapes import synthetic_landscapes
@@ -479,21 +479,16 @@ class Bench:
                     archive.addfile(member, io.BytesIO(path.read_bytes()))
         self.use_set(unpack(file, folder, progress=False))
 
-    def journal(self, rng):
-        "A set in the making."
-        source = self.home / "photos" / "stored.zip"
-        part = self.work / "out.part"
+    def progress(self, rng):
+        "A set in the making whose progress or images are cut off."
+        source, part = self.home / "photos" / "stored.zip", self.work / "out.part"
+        if not (self.home / "made").exists(): prepare(source, self.home / "made", SIZE, progress=False)
         part.mkdir(parents=True)
-        made = Path(shutil.copytree(self.home / "made", self.work / "made")) if (self.home / "made").exists() else None
-        if made is None:
-            prepare(source, self.home / "made", SIZE, progress=False)
-            made = Path(shutil.copytree(self.home / "made", self.work / "made"))
-        manifest = json.loads((made / "manifest.json").read_text())
+        manifest = json.loads((self.home / "made" / "manifest.json").read_text())
         settings = {key: manifest[key] for key in ("format_version", "source", "labels", "size", "limit", "split_seed", "source_id")}
-        note = {"done": 3, "labels": [-1, -1, -1], "skipped": [], "seconds": 0.1}
-        (part / "progress.jsonl").write_text(json.dumps(settings) + "\n" + json.dumps(note) + "\n")
-        shutil.copy(made / "images.npy", part)
-        self.wrong_set(rng, part, ["progress.jsonl", "progress.jsonl", "images.npy"])
+        (part / "progress.json").write_text(json.dumps(vars(Progress(settings, 3, [-1, -1, -1]))))
+        shutil.copy(self.home / "made" / "images.npy", part)
+        for path in part.iterdir(): path.write_bytes(path.read_bytes()[:rng.choice([None, rng.randrange(path.stat().st_size)])])
         self.use_set(prepare(source, self.work / "out", SIZE, progress=False))
 
     def latent_cache(self, rng):
@@ -556,10 +551,10 @@ class Bench:
         assert load_photo(photo, SIZE).isfinite().all()
 
     def read_archive(self, file):
-        with closing(open_source(file)) as source:
-            good = [photo for photo in source.photos if not skip_reason(photo)]
-            for _, open_file in source.open_each(good): try_photo(open_file, SIZE)
-            assert not any("outside" in str(path) and path.is_file() for path in file.parent.parent.iterdir())
+        source = open_source(file)
+        good = [photo for photo in source.photos if not photo.reason]
+        for _, open_file in source.open_each(good): try_photo(open_file, SIZE)
+        assert not any("outside" in str(path) and path.is_file() for path in file.parent.parent.iterdir())
 
     def zip_file(self, rng):
         file = self.work / "photos.zip"
@@ -583,8 +578,7 @@ class Bench:
         file = self.work / "labels.csv"
         good = "file,class\n" + "".join(f"set/{k}.jpg,sea\n" for k in range(3))
         file.write_bytes(rng.choice([damage(rng, good.encode()), b'"' + bytes(10**6), b"a," * 10**5, rng.randbytes(300), b"set/0.jpg,\x1b[2J\n" * 3]))
-        with closing(open_source(self.home / "photos" / "stored.zip")) as source:
-            names, numbers = csv_labels(file, source.photos)
+        names, numbers = csv_labels(file, open_source(self.home / "photos" / "stored.zip").photos)
         assert len(numbers) == 3 and all(name.isprintable() for name in names), names
 
     def note(self, rng):
@@ -597,7 +591,7 @@ class Bench:
         assert file.num_received in (0, 5)
 
 
-LOADERS = ["checkpoint", "stranger", "autoencoder", "snapshot", "averages", "config", "finished", "metrics", "prepared", "packed", "journal", "latent_cache",
+LOADERS = ["checkpoint", "stranger", "autoencoder", "snapshot", "averages", "config", "finished", "metrics", "prepared", "packed", "progress", "latent_cache",
            "statistics", "weights", "photo", "mask", "zip_file", "tar_file", "packed_tar", "table", "note"]
 
 

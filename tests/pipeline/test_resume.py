@@ -141,8 +141,8 @@ def test_stopped_by_signals_it_saves_and_says_how_to_resume(prepared, tmp_path, 
 
 def test_stopped_while_preparing_leaves_nothing_half_made(tmp_path):
     process = start([*MAIN, "prepare", "synthetic:20000", "--out", tmp_path / "data", "--size", 64])
-    wait_until(lambda: (tmp_path / "data.part" / "progress.jsonl").exists(), process)
+    wait_until(lambda: (tmp_path / "data.part" / "images.npy").exists(), process)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in output and "Stopped" in output.splitlines()[-1], output
-    assert [path.name for path in tmp_path.iterdir()] == ["data.part"]                # where the same command goes on
+    assert [path.name for path in tmp_path.iterdir()] == ["data.part"]                # where the same command resumes

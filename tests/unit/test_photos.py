@@ -27,6 +27,11 @@ def jpeg(index=0, size=48, **options):
     return file.getvalue()
 
 
+def decode(content, size):
+    "The square that a photo file in memory becomes."
+    return photos.photo_array(Image.open(io.BytesIO(content)), size)
+
+
 def made(source, out, **options):
     "A prepared set; without a bar, on two threads."
     return prepare(source, out, options.pop("size", SIZE), progress=False, workers=options.pop("workers", 2), **options)
@@ -271,7 +276,7 @@ def test_photos_are_turned_upright(orientation):
     turned = {None: image}.get(back) or image.transpose({2: Image.Transpose.ROTATE_90, 4: Image.Transpose.ROTATE_270}.get(back, Image.Transpose(back)))
     exif[0x0112] = orientation
     turned.save(file, "PNG", exif=exif)
-    assert (photos.photo_array(io.BytesIO(file.getvalue()), 64) == upright).all()
+    assert (decode(file.getvalue(), 64) == upright).all()
 
 
 def test_a_damaged_exif_note_does_not_cost_the_photo():
@@ -280,7 +285,7 @@ def test_a_damaged_exif_note_does_not_cost_the_photo():
     note, file = b"Exif\0\0II*\0\x08\0\0\0" + entries + bytes(4), io.BytesIO()
     upright = synthetic_landscapes([0], 64)[0][0]
     Image.fromarray(np.ascontiguousarray(np.rot90(upright))).save(file, "JPEG", quality=98, exif=note)
-    assert np.abs(photos.photo_array(io.BytesIO(file.getvalue()), 64).astype(int) - upright).mean() < 3
+    assert np.abs(decode(file.getvalue(), 64).astype(int) - upright).mean() < 3
     broken = file.getvalue().replace(b"II*\0", b"\xff\xff\xff\xff", 1)
     assert photos.try_photo(lambda: io.BytesIO(broken), 32)[1] is None
 
@@ -288,10 +293,10 @@ def test_a_damaged_exif_note_does_not_cost_the_photo():
 def test_large_jpegs_are_shrunk_while_they_are_decoded(monkeypatch):
     large = synthetic_landscapes([7], 1024)[0][0]
     file = jpeg(7, 1024)
-    quick = photos.photo_array(io.BytesIO(file), 128).astype(int)
-    assert np.abs(quick - photos.square(large, 128)).mean() < 1.5
+    quick = decode(file, 128).astype(int)
+    assert np.abs(quick - photos.crop_and_resize(large, 128)).mean() < 1.5
     monkeypatch.setattr(Image.Image, "draft", lambda *_: None)
-    assert np.abs(quick - photos.photo_array(io.BytesIO(file), 128)).mean() < 1.5
+    assert np.abs(quick - decode(file, 128)).mean() < 1.5
 
 
 def test_names_in_other_scripts(tmp_path):
