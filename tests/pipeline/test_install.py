@@ -1,4 +1,6 @@
 """What a user sees first: the installation, the commands, their help, and what the README promises about them."""
+import ast
+import inspect
 import re
 import shlex
 import shutil
@@ -92,6 +94,21 @@ def test_the_readme_names_only_what_exists():
         assert words[0] in main.commands, words
         options = {option for parameter in main.commands[words[0]].params for option in parameter.opts} | {"--help"}
         assert {word.partition("=")[0] for word in words if word.startswith("--")} <= options, words
+
+
+def test_the_python_of_the_readme_calls_what_there_is():
+    block, = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+    names = {}
+    for node in ast.parse(block).body:
+        if isinstance(node, ast.ImportFrom):
+            exec(compile(ast.Module([node], []), "README.md", "exec"), names)
+    calls = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)]
+    names["model"] = names["LatentDiffusion"]                                 # its methods, without `self`
+    for call in calls:
+        function = eval(ast.unparse(call.func), names)
+        bound = [None] * (len(call.args) + (ast.unparse(call.func) == "model.sample"))
+        inspect.signature(function).bind(*bound, **{keyword.arg: None for keyword in call.keywords})
+    assert len(calls) == 5
 
 
 @pytest.fixture(scope="module")
