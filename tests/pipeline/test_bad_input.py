@@ -1,17 +1,17 @@
 """What a user can get wrong ends in one clear sentence, and nothing that was there changes."""
 import json
+import resource
 import shutil
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import BRIEF, MAIN, SIZE, contents, start, type_in, write_photos
+from conftest import BRIEF, SIZE, contents, type_in, write_photos
 from hypothesis import given
 from hypothesis import strategies as st
-from image_diffusion import pipeline
+from image_diffusion import pipeline, training
 from image_diffusion.data import from_bytes, prepare, to_bytes
 from image_diffusion.files import UserError
 from image_diffusion.runs import Run, config_difference, read_metrics
@@ -113,17 +113,12 @@ def test_an_unknown_preset_is_answered_with_the_known_ones(prepared, whole_run, 
 @pytest.mark.parametrize("command, budget", [("run", ["--hours", 0]), ("run", ["--hours", -1]), ("demo", ["--minutes", 0]),
                                              ("train-autoencoder", ["--steps", 0]), ("train-autoencoder", ["--steps", -5]),
                                              ("train-autoencoder", ["--hours", 0])], ids=str)
-def test_a_budget_that_is_none(prepared, tmp_path, command, budget):
+def test_a_length_of_none_is_refused(prepared, tmp_path, monkeypatch, command, budget):
+    monkeypatch.setattr(training, "training_loop", lambda *words: pytest.fail(f"{command} {budget} trains as if nothing had been given"))
     words = {"run": run("synthetic:50", tmp_path / "run"), "demo": ["demo", "--run", tmp_path / "run"],
              "train-autoencoder": ["train-autoencoder", "--data", prepared.folder, "--preset", "tiny-kl", "--run", tmp_path / "run"]}
-    process = start([*MAIN, *words[command], *budget])
-    try:
-        output, _ = process.communicate(timeout=25)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        pytest.fail(f"{command} {budget} trains as if no budget had been given")
-    assert process.returncode in (1, 2) and "Traceback" not in output and budget[0] in output, output
-    assert not (tmp_path / "run").exists()
+    result = type_in(*words[command], *budget)
+    assert result.exit_code in (1, 2) and budget[0] in result.output and not (tmp_path / "run").exists(), result.output
 
 
 def test_a_run_of_other_settings(whole_run, photos):
@@ -230,16 +225,16 @@ def test_damaged_facts_of_a_checkpoint_lead_to_the_older_one(prepared, tmp_path,
 
 # A disk that takes no more
 
-LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (int({bytes}), resource.RLIM_INFINITY)); "
-
-
 def with_small_files(size, *words):
-    "Type a command in a process that can write no file larger than `size` bytes: every larger write fails, as on a full disk."
-    command = [sys.executable, "-c", LIMIT.format(bytes=size) + MAIN[2], *words]
-    process = start(command)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 1, (process.returncode, output)
-    return sentence(output)
+    "Type a command that can write no file larger than `size` bytes: every larger write fails, as on a full disk. Returns its sentence."
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        result = type_in(*words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert result.exit_code == 1, result.output
+    return sentence(result.output)
 
 
 def test_a_disk_that_fills_up_while_preparing(tmp_path):
