@@ -16,6 +16,7 @@ import hashlib
 import importlib
 import os
 import re
+import shutil
 import zipfile
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -161,19 +162,18 @@ def receive(session: requests.Session, remote: Remote, file: Download) -> None:
 
 def append(answer, start: int, size: int, file: Download) -> None:
     "Write the answer from byte `start` on, flush it to disk, and check that it is complete."
-    piece = answer.raw.read(CHUNK)
+    head = answer.raw.read(CHUNK)
     if start == 0:
-        check_is_archive(answer, piece, size, file)
+        check_is_archive(answer, head, size, file)
     check_disk(file.path, (size or 0) - file.num_received, f"the missing bytes of '{file.path.name}'")
-    with open(file.part, "ab" if start else "wb") as part, tqdm(
-            total=size, initial=start, unit="B", unit_scale=True, desc=file.path.name, disable=not file.progress) as bar:
+    bar = {"unit": "B", "unit_scale": True, "desc": file.path.name, "disable": not file.progress}
+    with open(file.part, "ab" if start else "wb") as part, tqdm.wrapattr(part, "write", size, bytes=False, initial=start, **bar) as out:
         if start == 0:                                                                 # opening has emptied an older part
             file.write_record(size=size, validator=range_validator(answer))
-        while piece:
-            bar.update(part.write(piece))
-            piece = answer.raw.read(CHUNK)
-        part.flush()
-        os.fsync(part.fileno())
+        out.write(head)
+        shutil.copyfileobj(answer.raw, out, CHUNK)
+        out.flush()
+        os.fsync(out.fileno())
     if size is not None and file.num_received != size:
         raise TransientError("the connection broke off")
 

@@ -281,7 +281,7 @@ def test_the_second_time_needs_no_network(host, get):
 
 
 @pytest.mark.parametrize("cut", [1, 4, 600, 65_536, HALF, len(BODY) - 1])
-def test_a_cut_connection_goes_on_where_it_broke(host, get, cut):
+def test_a_cut_connection_resumes_where_it_broke(host, get, cut):
     url = host.serve("/photos.zip", Served(BODY, cut))
     assert get(url).read_bytes() == BODY
     if cut > 512:                                                              # enough to see what kind of file it is
@@ -435,9 +435,9 @@ def test_a_packed_file_stays_packed(host, get):
 
 def put_back(path, **facts):
     "As if the process had died just before the renaming."
-    part, note = path.with_name(path.name + ".part"), path.with_name(path.name + ".json")
+    part, record = path.with_name(path.name + ".part"), path.with_name(path.name + ".json")
     path.rename(part)
-    note.write_text(json.dumps(json.loads(note.read_text()) | facts))
+    record.write_text(json.dumps(json.loads(record.read_text()) | facts))
     return part
 
 
@@ -456,12 +456,12 @@ def test_a_part_longer_than_the_file(host, get):
     assert get(url).read_bytes() == SHORT
 
 
-@pytest.mark.parametrize("note", ["", "{", '{"size"', None])
-def test_a_damaged_note_starts_over(host, get, note):
+@pytest.mark.parametrize("record", ["", "{", '{"size"', None])
+def test_a_damaged_record_starts_over(host, get, record):
     url = host.serve("/photos.zip", Served(BODY))
     path = get(url).with_suffix(".zip.json")
     put_back(get(url))
-    path.unlink() if note is None else path.write_text(note)
+    path.unlink() if record is None else path.write_text(record)
     assert get(url).read_bytes() == BODY and host.firsts == [0, 0]
 
 
@@ -569,7 +569,7 @@ def test_a_disk_that_fills_up(host, get, tmp_path):
     output, _ = start([sys.executable, "-c", FULL + REPORT, url, tmp_path / "downloads"]).communicate(timeout=60)
     assert "Traceback" not in output and re.search(r"Error: could not write '.*photos.zip'.*make room.*kept.*\.$", output), output
     assert parts(tmp_path) == ["photos.zip.json", "photos.zip.part"]
-    assert get(url).read_bytes() == BODY and host.firsts == [0, 200_000]       # there is room again: it goes on
+    assert get(url).read_bytes() == BODY and host.firsts == [0, 200_000]       # there is room again: it resumes
 
 
 def test_too_little_room_is_told_before(host, get, tmp_path, monkeypatch):
