@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RESIZES', 'INCEPTION', 'INCEPTION_LAYERS', 'as_uint8', 'in_batches', 'read_pixels', 'folder_batches', 'image_batches',
-           'resized', 'Features', 'unit_range', 'InceptionFeatures', 'fid_missing_reason', 'weights_sha256',
-           'ModuleFeatures', 'Lite0Features', 'RandomFeatures', 'available_features']
+           'resized', 'Features', 'InceptionFeatures', 'fid_missing_reason', 'weights_sha256', 'ModuleFeatures',
+           'Lite0Features', 'RandomFeatures', 'available_features']
 
 # %% ../nbs/30_features.ipynb #c433c52f
 import copy
@@ -23,70 +23,83 @@ from torch import nn
 
 from .data import ImageDataset, load_prepared, to_bytes
 from .files import UserError, file_sha256
-from .perceptual import WeightsError, WeightsFile, frozen, load_lite0
+from .perceptual import EvalModule, WeightsError, WeightsFile, frozen, load_lite0
 from .photos import FORMATS, open_source, to_rgb, turn_upright
 
 # %% ../nbs/30_features.ipynb #2cfb7724
 def as_uint8(
-    images,         # uint8 (B,H,W,3), or float (B,3,H,W) in [-1,1]; numpy or tensor
+    images,         # uint8 (B,H,W,3), or float (B,3,H,W) in [-1,1]; array or tensor
 ) -> torch.Tensor:  # uint8 (B,H,W,3)
-    "A batch of pictures as bytes; raises `UserError` for another shape, and for floats that are not finite or in another range."
+    "A batch of images as bytes. UserError for another shape, and for floats that are not finite or in another range."
     x = images if torch.is_tensor(images) else torch.tensor(np.asarray(images))
-    if x.dtype == torch.uint8 and x.ndim == 4 and x.shape[-1] == 3: return x
+    if x.dtype == torch.uint8 and x.ndim == 4 and x.shape[-1] == 3:
+        return x
     if not x.is_floating_point() or x.ndim != 4 or x.shape[1] != 3:
-        raise UserError(f"Pictures are uint8 (B,H,W,3), or float (B,3,H,W) in [-1,1], not {x.dtype} {tuple(x.shape)}.")
-    if not x.isfinite().all(): raise UserError("Some pixels are nan or infinite: look at what made the pictures.")
+        raise UserError(f"Images are uint8 (B,H,W,3), or float (B,3,H,W) in [-1,1], not {x.dtype} {tuple(x.shape)}.")
+    if not x.isfinite().all():
+        raise UserError("Some pixels are nan or infinite: check what made the images.")
     low, high = x.min().item(), x.max().item()
-    if max(-low, high) > 1.5: raise UserError(f"Pixels lie between {low:.3g} and {high:.3g}, and not in [-1,1]: scale them, or give uint8.")
-    if low >= 0 and len(x) >= 16: raise UserError("No pixel of these pictures is darker than middle gray: they seem to be in [0,1]; scale them to [-1,1].")
+    if max(-low, high) > 1.5:
+        raise UserError(f"Pixels lie between {low:.3g} and {high:.3g}, and not in [-1,1]: scale them, or give uint8.")
+    if low >= 0 and len(x) >= 16:
+        raise UserError("No pixel of these images is darker than middle gray: they seem to be in [0,1]; scale them to [-1,1].")
     return to_bytes(x)
 
 
 def in_batches(
-    images,                 # uint8 (N,H,W,3), may be memory-mapped, or a tensor
-    indices=None,           # rows to take, in this order; None: all
-    batch_size: int = 64,   # pictures at a time
-):                          # yields batches
-    "Pictures in batches."
+    images,                # uint8 (N,H,W,3), may be memory-mapped; or a tensor
+    indices=None,          # rows to take, in this order; None: all
+    batch_size: int = 64,
+):                         # yields batches
+    "Images in batches."
     indices = np.arange(len(images)) if indices is None else np.asarray(indices)
-    for i in range(0, len(indices), batch_size): yield images[indices[i:i + batch_size]]
+    for i in range(0, len(indices), batch_size):
+        yield images[indices[i:i + batch_size]]
 
-
+# %% ../nbs/30_features.ipynb #a5f33b98
 def read_pixels(
-    open_file,   # () -> open binary file
-    name: str,   # for the message
+    open_file,    # () -> open binary file
+    name: str,    # for the message
 ) -> np.ndarray:  # uint8 (H,W,3)
-    "A whole picture file, uncropped; raises `UserError` that names a file that cannot be read."
+    "A whole image file, uncropped. UserError names a file that cannot be read."
     try:
-        with open_file() as file, Image.open(file, formats=FORMATS) as image: return np.array(to_rgb(turn_upright(image)))
-    except (OSError, UserError) as e: raise UserError(f"{name} cannot be read ({e}): take it out of the folder, for a set is compared as a whole.") from e
+        with open_file() as file, Image.open(file, formats=FORMATS) as image:
+            return np.array(to_rgb(turn_upright(image)))
+    except (OSError, UserError) as error:
+        raise UserError(f"{name} cannot be read ({error}): take it out of the folder, for a set is compared as a whole.") from error
 
 
 def folder_batches(
-    folder: Path,           # a prepared set, or picture files of any size (a .zip or .tar will do)
-    batch_size: int = 64,   # pictures at a time; those of one size that follow each other
-):                          # yields uint8 (B,H,W,3)
-    "The pictures of a folder in batches, by name; raises `UserError` if there is none."
-    if (folder/"manifest.json").is_file():
+    folder: Path,          # a prepared set, or image files of any size (.zip and .tar work, too)
+    batch_size: int = 64,  # at most; consecutive images of one size
+):                         # yields uint8 (B,H,W,3)
+    "The images of a folder in batches, by name. UserError if there are none."
+    if (folder / "manifest.json").is_file():
         yield from in_batches(load_prepared(folder).images, batch_size=batch_size)
         return
     source = open_source(folder)
-    if not source.photos: raise UserError(f"There are no pictures in {folder}: check the path.")
+    if not source.photos:
+        raise UserError(f"There are no images in {folder}: check the path.")
     pixels = (read_pixels(open_file, photo.name) for photo, open_file in source.open_each(source.photos))
     for _, group in itertools.groupby(pixels, key=np.shape):
-        while batch := list(itertools.islice(group, batch_size)): yield np.stack(batch)
+        while batch := list(itertools.islice(group, batch_size)):
+            yield np.stack(batch)
 
-# %% ../nbs/30_features.ipynb #a5f33b98
+
 def image_batches(
-    source,                # array or tensor of pictures, path of a folder, `ImageDataset`, iterable of batches, or a sampler: `source(indices) -> pictures`
-    count: int = None,     # how many pictures are asked of a sampler
-    batch_size: int = 64,  # pictures at a time
+    source,                # array or tensor of images, path of a folder, `ImageDataset`, iterable of batches, or `sample(indices) -> images`
+    count: int = None,     # number of images to sample, where the source is a function
+    batch_size: int = 64,
 ):                         # yields uint8 tensors (B,H,W,3)
-    "Pictures from any source in batches of bytes; raises `UserError` for what is none, see `as_uint8`."
-    if callable(source): batches = (source(range(i, min(i + batch_size, count))) for i in range(0, count, batch_size))
-    elif isinstance(source, (str, os.PathLike)): batches = folder_batches(Path(source), batch_size)
-    elif isinstance(source, ImageDataset): batches = in_batches(source.images, batch_size=batch_size)
-    else: batches = in_batches(source, batch_size=batch_size) if hasattr(source, "shape") else source
+    "Images from any source as batches of bytes. UserError as for `as_uint8`."
+    if callable(source):
+        batches = (source(range(i, min(i + batch_size, count))) for i in range(0, count, batch_size))
+    elif isinstance(source, (str, os.PathLike)):
+        batches = folder_batches(Path(source), batch_size)
+    elif isinstance(source, ImageDataset):
+        batches = in_batches(source.images, batch_size=batch_size)
+    else:
+        batches = in_batches(source, batch_size=batch_size) if hasattr(source, "shape") else source
     return map(as_uint8, batches)
 
 # %% ../nbs/30_features.ipynb #6a4affb9
@@ -95,70 +108,59 @@ RESIZES = ("clean", "legacy", "bilinear")
 
 def resized(
     x: torch.Tensor,  # (B,3,H,W) float32, gray levels 0..255
-    size: int,        # side that is wanted
+    size: int,        # side of the result, px
     mode: str,        # one of `RESIZES`
 ) -> torch.Tensor:    # (B,3,size,size) float32, not rounded
-    "Bring pictures to a square the way that a name stands for; raises `UserError` for another name."
+    "Resize images to a square. UserError for an unknown mode."
     if mode == "legacy":
         from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
         return interpolate_bilinear_2d_like_tensorflow1x(x, (size, size), align_corners=False)
-    if mode not in RESIZES: raise UserError(f"There is no resizing {mode!r}: the known ones are {', '.join(RESIZES)}.")
+    if mode not in RESIZES:
+        raise UserError(f"There is no resizing {mode!r}: the known ones are {', '.join(RESIZES)}.")
     kernel = "bicubic" if mode == "clean" else "bilinear"
     return F.interpolate(x, (size, size), mode=kernel, align_corners=False, antialias=True).clamp(0, 255)
 
 # %% ../nbs/30_features.ipynb #e5786d4e
-class Features(nn.Module):
-    "Base of the feature networks: bytes in, vectors out; a child sets `name`, `dim`, `size` and `weights` and defines `vectors`."
-    name = ""     # what the distance is called: "FID", "FD-lite0", "FD-random"
+class Features(EvalModule):
+    "Base class of feature networks: bytes in, vectors out. A subclass sets `name`, `dim`, `size` and `weights`, and defines `vectors`."
+    name = ""     # of the distance: "FID", "FD-lite0", "FD-random"
     dim = 0       # length of a vector
-    size = None   # side that pictures are brought to; None: they stay as they are
-    weights = ""  # which network, with a hash of its weights, for the record
+    size = None   # side that images are resized to, px; None: not resized
+    weights = ""  # the network, with a hash of its weights
 
     def __init__(self,
-        resize: str = "clean",  # how pictures are brought to `size`, one of `RESIZES`
+        resize: str = "clean",  # one of `RESIZES`
     ):
         super().__init__()
         self.resize = resize
-        self.register_buffer("place", torch.zeros(0), persistent=False)    # knows the device
+        self.register_buffer("dummy", torch.zeros(0), persistent=False)    # is moved with the module: its device is the module's
 
     @property
     def detail(self) -> str:
-        "Everything that makes the vectors what they are: statistics of different details are never compared."
+        "Everything that the vectors depend on; statistics of different details are never compared."
         return self.weights + (f", {self.resize} to {self.size}" if self.size else "")
 
     @property
     def kernel_name(self) -> str:
-        "What the kernel distance is called: KID, KD-lite0, KD-random."
+        "The name of the kernel distance: KID, KD-lite0, KD-random."
         return "KID" if self.name == "FID" else self.name.replace("FD", "KD")
-
-    def train(self, mode=True):
-        "Stay in evaluation mode whatever is asked."
-        return super().train(False)
 
     @torch.no_grad()
     def forward(self,
         images,         # see `as_uint8`
     ) -> torch.Tensor:  # (B,dim) float32
-        "One vector for each picture; raises `UserError` if these are no pictures."
-        x = as_uint8(images).to(self.place.device).permute(0, 3, 1, 2).float()        # (B,3,H,W), gray levels 0..255
+        "One vector per image. UserError as for `as_uint8`."
+        x = as_uint8(images).to(self.dummy.device).permute(0, 3, 1, 2).float()             # (B,3,H,W), gray levels 0..255
         with torch.autocast(x.device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             return self.vectors(resized(x, self.size, self.resize) if self.size else x)
-
-
-def unit_range(
-    x: torch.Tensor,  # (B,3,H,W) gray levels 0..255
-) -> torch.Tensor:    # (B,3,H,W) float32 in [-1,1]
-    "Gray levels to [-1,1]."
-    return x.float()/127.5 - 1
 
 # %% ../nbs/30_features.ipynb #83ca91c1
 INCEPTION = WeightsFile("FID Inception",
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
     "6726825d", "IMAGE_DIFFUSION_INCEPTION", 96)
-
-
-INCEPTION_LAYERS = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1", "Conv2d_4a_3x3", "MaxPool_2", "Mixed_5b", "Mixed_5c",
-                    "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e", "Mixed_7a", "Mixed_7b", "Mixed_7c", "AvgPool")   # up to the vector
+INCEPTION_LAYERS = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1", "Conv2d_4a_3x3", "MaxPool_2",
+                    "Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e",
+                    "Mixed_7a", "Mixed_7b", "Mixed_7c", "AvgPool")         # up to the pooled vector
 
 
 class InceptionFeatures(Features):
@@ -167,33 +169,36 @@ class InceptionFeatures(Features):
 
     def __init__(self,
         path=None,                         # the weights file; None: where `INCEPTION.find()` finds it
-        resize: str = "clean",             # `legacy` for what most published numbers were made with
-        weights: WeightsFile = INCEPTION,  # what counts as the right file
+        resize: str = "clean",             # `legacy` for comparison with most published numbers
+        weights: WeightsFile = INCEPTION,  # the expected file
     ):
-        "Raises `WeightsError` that says which file is missing and where to put it."
+        "WeightsError says which file is missing and where to put it."
         super().__init__(resize)
-        if (path := path or weights.find()) is None: raise WeightsError(f"FID cannot be computed: {weights.missing()}.")
-        try: from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        except ImportError as e: raise WeightsError("FID needs torch-fidelity: pip install torch-fidelity") from e
-        weights.load(path)                                                 # whole, and tensors only
+        if (path := path or weights.find()) is None:
+            raise WeightsError(f"FID cannot be computed: {weights.missing()}.")
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ImportError as error:
+            raise WeightsError("FID needs torch-fidelity: pip install torch-fidelity") from error
+        weights.load(path)                                                 # verifies that the file is the right one and holds tensors only
         net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(path))
         self.net = frozen(nn.Sequential(*(getattr(net, layer) for layer in INCEPTION_LAYERS)))
         self.weights = f"torch-fidelity inception {file_sha256(path)[:12]}"
 
     def vectors(self, x):
         "(B,3,299,299) -> (B,2048)."
-        return self.net((x - 128)/128).flatten(1)
+        return self.net((x - 128) / 128).flatten(1)
 
 
 def fid_missing_reason() -> str | None:  # None: FID can be computed
-    "Why FID cannot be computed here and how to change that."
+    "Why FID cannot be computed on this machine, and how to change that."
     return None if INCEPTION.find() else f"FID: not computed, because {INCEPTION.missing()}."
 
 # %% ../nbs/30_features.ipynb #18462d86
 def weights_sha256(
-    net: nn.Module,  # any network
+    net: nn.Module,
 ) -> str:
-    "A fingerprint of a network's weights and buffers."
+    "A hash of a network's weights and buffers."
     digest = hashlib.sha256()
     for name, tensor in net.state_dict().items():
         digest.update(name.encode())
@@ -202,23 +207,24 @@ def weights_sha256(
 
 
 class ModuleFeatures(Features):
-    "Features of any network that takes pictures (B,3,size,size) in [-1,1]: its vectors (B,D), or its maps (B,D,h,w) averaged over places."
+    "Features of any network that takes images (B,3,size,size) in [-1,1]: its vectors (B,D), or its maps (B,D,h,w) averaged over positions."
     def __init__(self,
         net: nn.Module,         # copied and frozen
-        name: str,              # what a distance in its features is called
-        size: int,              # side that it wants
+        name: str,              # of the distance
+        size: int,              # side of the images that the network takes, px
         resize: str = "clean",  # one of `RESIZES`
     ):
         super().__init__(resize)
         self.net, self.name, self.size = frozen(copy.deepcopy(net)), name, size
         self.weights = f"{type(net).__name__} {weights_sha256(net)[:12]}"
-        self.to(next(iter(net.state_dict().values()), self.place).device)
+        self.to(next(iter(net.state_dict().values()), self.dummy).device)
         self.dim = self(np.zeros((1, size, size, 3), np.uint8)).shape[1]
 
     def vectors(self, x):
         "(B,3,size,size) -> (B,D)."
-        f = self.net(unit_range(x))
-        if f.ndim not in (2, 4): raise UserError(f"{self.name}: the network gives {tuple(f.shape)} and not (B,D) or (B,D,h,w).")
+        f = self.net(x / 127.5 - 1)
+        if f.ndim not in (2, 4):
+            raise UserError(f"{self.name}: the network gives {tuple(f.shape)} and not (B,D) or (B,D,h,w).")
         return f.mean((2, 3)) if f.ndim == 4 else f
 
 
@@ -227,7 +233,7 @@ class Lite0Features(Features):
     name, dim = "FD-lite0", 1280
 
     def __init__(self,
-        size: int = 96,            # every picture is resized to this side; a part of the definition, like Inception's 299
+        size: int = 96,            # side that every image is resized to, px; part of the definition, like Inception's 299
         resize: str = "bilinear",  # one of `RESIZES`
     ):
         super().__init__(resize)
@@ -236,7 +242,7 @@ class Lite0Features(Features):
 
     def vectors(self, x):
         "(B,3,size,size) -> (B,1280)."
-        return self.net.embed(unit_range(x))
+        return self.net.embed(x / 127.5 - 1)
 
 # %% ../nbs/30_features.ipynb #618c893b
 class RandomFeatures(Features):
@@ -248,15 +254,16 @@ class RandomFeatures(Features):
     ):
         super().__init__()
         rng = torch.Generator().manual_seed(seed)
-        weights = [torch.randn(32, in_ch, 3, 3, generator=rng)*(2/(9*in_ch))**0.5 for in_ch in (3, 32, 32, 32)]
+        weights = [torch.randn(32, in_ch, 3, 3, generator=rng) * (2 / (9 * in_ch))**0.5 for in_ch in (3, 32, 32, 32)]
         weights[0][8:] -= weights[0][8:].mean((2, 3), keepdim=True)        # 24 of the first filters see differences, 8 see color
-        weights[0][8:] *= 3                                                # differences of neighbors are small
-        for i, weight in enumerate(weights): self.register_buffer(f"weight{i}", weight)
+        weights[0][8:] *= 3                                                # differences of neighboring pixels are small
+        for i, weight in enumerate(weights):
+            self.register_buffer(f"weight{i}", weight)
         self.weights = f"random convolutions, seed {seed}"
 
     def vectors(self, x):
         "(B,3,H,W) -> (B,256)."
-        h, out = unit_range(x), []
+        h, out = x / 127.5 - 1, []
         for i in range(4):
             h = F.leaky_relu(F.conv2d(h, getattr(self, f"weight{i}"), padding=1), 0.1)   # (B,32,H/2^i,W/2^i)
             out += [h.mean((2, 3)), h.std((2, 3))]
@@ -268,7 +275,7 @@ def available_features(
     device="cpu",
     resize: str = None,  # one of `RESIZES`; None: each network's own
 ) -> list:               # best first; never empty
-    "Feature networks whose weights are on this machine, without downloading any: Inception, Lite0, random convolutions."
+    "The feature networks whose weights are on this machine, of Inception, Lite0 and random convolutions; downloads nothing."
     options = {"resize": resize} if resize else {}
     found = [InceptionFeatures(path, **options)] if (path := INCEPTION.find()) else []
     with suppress(WeightsError):                                           # Lite0 is in an optional package

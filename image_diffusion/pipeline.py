@@ -115,22 +115,24 @@ def sample_and_measure(
     settings: dict,  # of the whole run
 ) -> list:
     "Sample the final grid, measure reconstructions and samples, write the report; returns the metrics."
-    from image_diffusion.evaluate import evaluate_autoencoder, evaluate_prior
+    from image_diffusion.evaluate import evaluate_autoencoder, evaluate_diffusion
     from image_diffusion.generate import LatentDiffusion, class_grid
     from image_diffusion.plots import save_png
     from image_diffusion.report import build_report
+    from image_diffusion.train_autoencoder import load_autoencoder
 
     model = LatentDiffusion.from_pretrained(folder / "prior")
     grid = class_grid(model)
     save_png(grid[0], folder / "samples.png", nrow=8, scale=max(1, 64 // data.size), info=settings)
     click.echo(f"Sampled {len(grid[0])} landscapes: {folder / 'samples.png'}.")
-    autoencoders = {kind.upper(): folder / f"autoencoder-{kind}" for kind in settings["bottlenecks"]}
-    records = [record for run in autoencoders.values() for record in evaluate_autoencoder(run, data, allow_small_n=True)]
-    records += evaluate_prior(model, data, settings["samples"], allow_small_n=True)
+    autoencoders = {kind.upper(): load_autoencoder(folder / f"autoencoder-{kind}") for kind in settings["bottlenecks"]}
+    records = [record for autoencoder in autoencoders.values()
+               for record in evaluate_autoencoder(autoencoder, data, model.precision, allow_small_n=True)]
+    records += evaluate_diffusion(model, data, settings["samples"], allow_small_n=True)
     title = f"image_diffusion: {settings['source']}"
-    build_report(folder / "report.html", title, settings, autoencoders, folder / "prior", data, records, grid)
+    build_report(folder / "report.html", title, settings, autoencoders, model, data, records, grid)
     for record in records:
-        baseline = f" (real photos: {record['baseline']:.4g})" if "baseline" in record else ""
+        baseline = f" (real vs real: {record['baseline']:.4g})" if "baseline" in record else ""
         number = record["reason"] if record["value"] is None else f"{record['name']} {record['value']:.4g}{baseline}"
         click.echo(f"  {record['of']}: {number}")
     return records

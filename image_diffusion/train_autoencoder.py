@@ -392,12 +392,12 @@ def load_autoencoder(
     folder: Path,         # an autoencoder's run folder
     device: str = "cpu",
 ) -> Autoencoder:
-    "The trained autoencoder (EMA weights, eval mode), with its `folder` and the `sha256` of its snapshot. UserError if the run has no snapshot or is of another kind."
+    "The trained autoencoder (EMA weights, eval mode), with its `folder`, the `sha256` of its snapshot and the name of its `perceptual_loss`. UserError if the run has no snapshot or is of another kind."
     tensors, config = load_snapshot(folder)
     if not isinstance(config.get("model"), dict) or "bottleneck" not in config["model"]:
         raise UserError(f"{folder} is not the run of an autoencoder: give the folder that train-autoencoder wrote.")
     autoencoder = load_network(lambda: make_autoencoder(AutoencoderConfig(**config["model"])), tensors, folder)
-    autoencoder.folder, autoencoder.sha256 = Path(folder), config["sha256"]
+    autoencoder.folder, autoencoder.sha256, autoencoder.perceptual_loss = Path(folder), config["sha256"], config.get("perceptual")
     return autoencoder.to(device).eval().requires_grad_(False)
 
 # %% ../nbs/50_train_autoencoder.ipynb #47d98dd2

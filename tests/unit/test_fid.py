@@ -18,7 +18,7 @@ from image_diffusion import training
 from image_diffusion.data import load_prepared, prepare
 from image_diffusion.landscapes import synthetic_landscapes
 from image_diffusion.features import INCEPTION, InceptionFeatures, ModuleFeatures, RandomFeatures, as_uint8, resized
-from image_diffusion.fid import MIN_IMAGES, FeatureStats, collect_samples, collect_stats, frechet_distance, kid, prdc, photo_stats
+from image_diffusion.fid import MIN_IMAGES, FeatureStats, collect_samples, collect_stats, frechet_distance, kid, load_stats, photo_stats, prdc
 from image_diffusion.files import UserError
 from image_diffusion.perceptual import WeightsError, WeightsFile
 from image_diffusion.runs import Run, read_metrics
@@ -180,7 +180,7 @@ def test_reference_statistics_are_refused_if_anything_differs(prepared, tmp_path
     assert torch.equal(first.cov, again.cov) and torch.equal(first.features, again.features)
     for other in (photo_stats(data, "dev", features), photo_stats(data, "train", features, 20), photo_stats(data, "train", RandomFeatures(1))):
         assert not torch.equal(other.mean, first.mean)
-    theirs, = (p for p in (tmp_path / "data/stats").iterdir() if FeatureStats.load(p).num_images == len(data.dev))
+    theirs, = (p for p in (tmp_path / "data/stats").iterdir() if load_stats(p).num_images == len(data.dev))
     path.unlink()
     theirs.rename(path)                                                              # another's statistics under the name of ours
     with pytest.raises(UserError, match="was made from"):

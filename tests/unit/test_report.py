@@ -9,7 +9,7 @@ from image_diffusion import report
 from image_diffusion.data import prepare
 from image_diffusion.features import RandomFeatures
 from image_diffusion.generate import LatentDiffusion
-from image_diffusion.report import AUTOENCODER_FIGURES, PRIOR_FIGURES, originals, plot_samplers, sampler_distances
+from image_diffusion.report import AUTOENCODER_FIGURES, DIFFUSION_FIGURES, originals, plot_samplers, sampler_distances
 from image_diffusion.runs import name_runs
 from image_diffusion.sampling import SAMPLERS
 from PIL import Image
@@ -41,7 +41,7 @@ def test_each_figure_comes_from_a_command(runs, tmp_path, name):
     assert pixels(out).shape[1] > 500 and pixels(out).std() > 20 and [path.name for path in out.parent.iterdir()] == [out.name]
 
 
-@pytest.mark.parametrize("name", [*PRIOR_FIGURES, "trends_stage2"])
+@pytest.mark.parametrize("name", [*DIFFUSION_FIGURES, "trends_stage2"])
 def test_each_figure_of_a_prior_comes_from_a_command(whole_run, tmp_path, name):
     assert type_in("figure", name, "--run", whole_run / "prior", "--out", tmp_path / "x.png").exit_code == 0
     assert pixels(tmp_path / "x.png").shape[1] > 400 and pixels(tmp_path / "x.png").std() > 10
@@ -93,7 +93,7 @@ def test_a_figure_that_a_run_cannot_give_is_refused(whole_run, runs, tmp_path):
     refused(type_in("figure", "codebook", "--run", kl, "--out", tmp_path / "x.png"), "codebook", str(kl), "VQ")
     for name in AUTOENCODER_FIGURES:
         refused(type_in("figure", name, *runs, "--run", prior, "--out", tmp_path / "x.png"), "autoencoder", "prior")
-    for name in [*PRIOR_FIGURES, "trends_stage2", "samplers"]:
+    for name in [*DIFFUSION_FIGURES, "trends_stage2", "samplers"]:
         refused(type_in("figure", name, *runs, "--run", prior, "--out", tmp_path / "x.png"), "prior", "train-diffusion")
     refused(type_in("figure", "samplers", "--run", prior, "--out", tmp_path / "x.png"), "--data")
     refused(type_in("figure", "trends", "--run", tmp_path / "nowhere", "--out", tmp_path / "x.png"), "nowhere")

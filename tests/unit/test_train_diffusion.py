@@ -11,7 +11,7 @@ from image_diffusion.diffusion import LOSS_WEIGHTS, NOISE_LEVELS, PARAMETERIZATI
 from image_diffusion.files import UserError
 from image_diffusion.evaluate import class_accuracy, show_nearest
 from image_diffusion.features import available_features
-from image_diffusion.fid import collect_features
+from image_diffusion.fid import collect_stats
 from image_diffusion.generate import LatentDiffusion, class_labels, generate, img2img, inpaint, labels_of, panorama
 from image_diffusion.latents import load_latents
 from image_diffusion.runs import Run, read_metrics
@@ -116,7 +116,7 @@ def test_sampling_refuses_what_cannot_be(prior, home, data):
 
 def test_class_accuracy_is_high_for_photos_and_low_for_other_labels(prior, data):
     features, labels = available_features()[-2:][0], labels_of(prior, data, data.dev)
-    vectors = collect_features(data.images[data.dev], features)
+    vectors = collect_stats(data.images[data.dev], features, keep=True).features
     right, wrong = (class_accuracy(vectors, asked, prior, data, features) for asked in (labels, (labels + 1) % len(prior.classes)))
     assert right["value"] == right["baseline"] > 0.8 and wrong["value"] < 0.2
 
