@@ -56,3 +56,10 @@ def test_everything_exported_has_a_docstring():
 def test_pyflakes_finds_nothing():
     found = subprocess.run([sys.executable, "-m", "pyflakes", "image_diffusion", "tests"], cwd=ROOT, capture_output=True, text=True)
     assert found.stdout + found.stderr == ""
+
+
+def test_the_table_of_guarantees_names_tests_that_exist():
+    rows = re.findall(r"\]\(([\w/]+\.py)\)(.*)", (ROOT / "tests/README.md").read_text(encoding="utf-8"))
+    named = {(file, name) for file, names in rows for name in re.findall(r"`(\w+)`", names)}
+    assert len(named) > 40
+    assert not [name for file, name in sorted(named) if f"def test_{name}(" not in (ROOT / "tests" / file).read_text(encoding="utf-8")]
