@@ -208,7 +208,7 @@ class Autoencoder(nn.Module):
         return self.decoder(self.post_quant_conv(z))
 
     def forward(self, x):
-        "`x_rec` of `x` (B,3,H,W), the loss of the bottleneck, and its info; in training mode with noise, and with updates of the codes."
+        "`x_rec` of `x` (B,3,H,W), and the bottleneck's loss and info; with noise, and updates of codes, in training mode."
         z, loss, info = self.bottleneck(self.encode(x))
         return self.decode(z), loss, info
 
@@ -243,7 +243,7 @@ class SkipAutoencoder(Autoencoder):
         "Before the first step: fit the linear path to the first training images (B,3,H,W), then place the codes."
         gaussian = isinstance(self.bottleneck, GaussianBottleneck)
         self.linear.fit(x[:64], whiten=gaussian)                                     # more images change little
-        if gaussian: self.linear.down.bias[self.bottleneck.z_channels:] = -4.        # log-variances: a posterior much narrower than the latents
+        if gaussian: self.linear.down.bias[self.bottleneck.z_channels:] = -4.        # logvar: much narrower than the latents
         super().initialize(x)
 
     def encode(self, x): return super().encode(x) + self.linear.down(x)
@@ -277,7 +277,7 @@ def make_autoencoder(
 def diffusers_state_dict(
     autoencoder,  # an `Autoencoder` with a Gaussian bottleneck or a codebook
 ):  # weights for AutoencoderKL or VQModel
-    "The weights under the names of `diffusers`, for the model of the same sizes; UserError if there is no such model."
+    "The weights under the names of `diffusers`, for its model of the same sizes; UserError if it has none."
     if isinstance(autoencoder.bottleneck, FSQ): raise UserError("diffusers has no autoencoder with an FSQ bottleneck.")
     codebook = getattr(autoencoder.bottleneck, "codebook", None)
     if codebook and codebook.l2_normalize: raise UserError("diffusers has no autoencoder with `l2_normalize`.")

@@ -99,7 +99,8 @@ def ls_g_loss(
     return (logits_fake - 1).square().mean() / 2
 
 # %% ../nbs/25_discriminator.ipynb #bf034e23
-GAN_LOSSES = {"hinge": (hinge_d_loss, hinge_g_loss), "bce": (bce_d_loss, bce_g_loss), "ls": (ls_d_loss, ls_g_loss)}   # (discriminator's, autoencoder's)
+GAN_LOSSES = {  # name -> the discriminator's loss, the autoencoder's loss
+    "hinge": (hinge_d_loss, hinge_g_loss), "bce": (bce_d_loss, bce_g_loss), "ls": (ls_d_loss, ls_g_loss)}
 
 # %% ../nbs/25_discriminator.ipynb #10df0a7c
 @torch.no_grad()

@@ -135,7 +135,7 @@ def cache_latents(
     device: str = "cpu",
     batch_size: int = 64,      # images encoded at a time
 ) -> "LatentDataset":
-    "Encode all photos and their mirror images, or open the cache if it exists. UserError for a cache made from something else, or a full disk."
+    "Encode all photos and their mirror images, or open the existing cache. UserError for another cache, or a full disk."
     folder = Path(folder or latents_folder(autoencoder, data))
     if (folder / "latents.json").exists():
         return load_latents(autoencoder, data, folder)
@@ -144,7 +144,8 @@ def cache_latents(
     try:
         part.mkdir(parents=True)
         mean, std = encode_dataset(autoencoder, data, part, device, batch_size)
-        write_json(part / "latents.json", cache_key(autoencoder, data) | {"latent_mean": mean, "latent_std": std, "num_images": len(data.images)})
+        statistics = {"latent_mean": mean, "latent_std": std, "num_images": len(data.images)}
+        write_json(part / "latents.json", cache_key(autoencoder, data) | statistics)
         os.replace(part, folder)
     except OSError as error:
         raise UserError(f"Could not write the latents to {folder}: {error}. Free some space and run the same command again.") from error
@@ -202,7 +203,8 @@ def load_latents(
         if channels.shape != (2, mean.shape[2]) or not np.isfinite(channels).all() or not (channels[1] > 0).all():
             raise ValueError("latents.json holds no mean and standard deviation for each channel")
     except (OSError, ValueError, TypeError, OverflowError) as error:
-        raise UserError(f"The latents in {folder} are damaged ({summarize_error(error)}): delete that folder to encode the photos again.") from error
+        raise UserError(f"The latents in {folder} are damaged ({summarize_error(error)}): "
+                        "delete that folder to encode the photos again.") from error
     return LatentDataset(mean, logvar, LatentScale(*channels), data.labels, data.train, data.dev, autoencoder.sha256)
 
 # %% ../nbs/60_latents.ipynb #76c5555c

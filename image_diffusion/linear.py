@@ -17,8 +17,8 @@ def principal_components(
     number,  # how many, at most in_ch * factor**2
 ):  # (number,in_ch,factor,factor), orthonormal, the most important first
     "The directions in which squares of pixels vary most: the best linear code of a single square (Baldi & Hornik 1989)."
-    squares = F.pixel_unshuffle(x, factor).movedim(1, -1).flatten(0, 2).double()                         # (N,in_ch*factor**2)
-    axes = torch.linalg.eigh(squares.T @ squares).eigenvectors.flip(1)                                   # in columns
+    squares = F.pixel_unshuffle(x, factor).movedim(1, -1).flatten(0, 2).double()     # (N,in_ch*factor**2)
+    axes = torch.linalg.eigh(squares.T @ squares).eigenvectors.flip(1)               # in columns
     return axes[:, :number].T.reshape(number, x.shape[1], factor, factor).float()
 
 # %% ../nbs/22_linear.ipynb #1a754756
@@ -54,13 +54,13 @@ def decorrelate(
     whiten,    # scale each channel to mean square 1; else all by one factor
 ):  # new `down` and `up` of the same reconstructions
     "Mix the channels of the code so that their products average to 0, the most important first; then scale them."
-    z = encode_windows(x, down).movedim(1, -1).flatten(0, 2).double()                                    # (N,C)
+    z = encode_windows(x, down).movedim(1, -1).flatten(0, 2).double()        # (N,C)
     values, vectors = torch.linalg.eigh((up.flatten(1) @ up.flatten(1).T).double())
-    root = vectors @ values.clamp(min=0).sqrt().diag() @ vectors.T                                       # (C,C): with z @ root, `up` is orthonormal
+    root = vectors @ values.clamp(min=0).sqrt().diag() @ vectors.T           # (C,C): for codes z @ root, `up` is orthonormal
     values, vectors = torch.linalg.eigh(root @ (z.T @ z / len(z)) @ root)
-    size = values.clamp(min=1e-8)                                                                        # mean squares, ascending
-    mix = root @ vectors / (size if whiten else size.mean()).sqrt()                                      # z @ mix are the new codes
-    transform = lambda matrix, windows: torch.einsum("cd,dihw->cihw", matrix.flip(0).float(), windows)   # the most important first
+    size = values.clamp(min=1e-8)                                            # (C,) mean squares, ascending
+    mix = root @ vectors / (size if whiten else size.mean()).sqrt()          # (C,C): z @ mix are the new codes
+    transform = lambda matrix, windows: torch.einsum("cd,dihw->cihw", matrix.flip(0).float(), windows)   # largest first
     return transform(mix.T, down), transform(torch.linalg.inv(mix), up)
 
 # %% ../nbs/22_linear.ipynb #d938ec3c
@@ -87,7 +87,7 @@ class LinearSkip(nn.Module):
     ):
         "Set both convolutions to the best windows for these images; latents get mean square 1, over all channels without `whiten`."
         x = x.float()
-        mean = x.mean((0, 2, 3))                                                                         # (in_ch,)
+        mean = x.mean((0, 2, 3))                                             # (in_ch,)
         centered = x - mean[:, None, None]
         with torch.autocast(x.device.type, enabled=False):
             down, up = fit_windows(centered, principal_components(centered, self.factor, self.z_channels))
