@@ -18,10 +18,8 @@ from .plots import Figure, plot_runs, save_figure
 from .runs import name_runs, records_of
 
 # %% ../nbs/43_diagnostics.ipynb #93d5b6a9
-FP16_MAX = 65_504.0    # the largest half-precision number
-
-
-CHECK_EVERY = 25       # steps between two measurements, and between two records of metrics.jsonl
+FP16_MAX = torch.finfo(torch.float16).max   # 65,504
+CHECK_EVERY = 25                            # steps between two measurements, and between two records of metrics.jsonl
 
 
 @contextmanager

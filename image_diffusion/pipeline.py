@@ -146,7 +146,7 @@ def start_over(
     from image_diffusion.runs import Run
     if not folder.exists():
         return
-    if not {"source", "preset", "hours", "bottlenecks"} <= Run.load(folder).config.keys():
+    if not ((folder / "config.json").exists() and {"source", "preset", "hours", "bottlenecks"} <= Run(folder).config.keys()):   # of any version
         raise UserError(f"{folder} is not a run of this command: nothing was deleted.")
     shutil.rmtree(folder)
 

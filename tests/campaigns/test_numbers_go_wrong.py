@@ -1,4 +1,4 @@
-"""Numbers that go wrong: the run goes on or stops in a sentence with its last good state, and `diagnose` names the problem."""
+"""Numbers that go wrong: the run continues, or stops in one sentence with its last good state, and `diagnose` names the problem."""
 import signal
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""A run on a Drive that truncates, forgets, reorders, fills up, disconnects and dawdles: no good checkpoint is lost, and no half file is taken for a whole one."""
+"""A run on a Drive that truncates, forgets, reorders, fills up, disconnects and is slow: no good checkpoint is lost, and no half file is taken for a whole one."""
 import errno
 import hashlib
 import json
@@ -134,9 +134,9 @@ class Treacherous(Drive):
         "Steps of the checkpoints that are whole in `files`."
         steps = set()
         for name in [name for name in files if name.endswith(".json") and name.startswith("checkpoints/")]:
-            facts, content = json.loads(files[name]), files.get(name.replace(".json", ".pt"), b"")
-            if hashlib.sha256(content).hexdigest() == facts["sha256"]:
-                steps.add(facts["step"])
+            metadata, content = json.loads(files[name]), files.get(name.replace(".json", ".pt"), b"")
+            if hashlib.sha256(content).hexdigest() == metadata["sha256"]:
+                steps.add(metadata["step"])
         return steps
 
 
@@ -216,7 +216,7 @@ def quick(monkeypatch):
 
 def as_it_should_be(drive, run):
     "At the end Drive has the newest two and the best, whole, all metrics, no debris, and little else."
-    here = {facts["step"] for facts in list_checkpoints(run)}
+    here = {checkpoint["step"] for checkpoint in list_checkpoints(run)}
     assert here <= drive.good(drive.cloud) and len(drive.good(drive.cloud)) <= 5
     assert not [name for name in drive.cloud if name.endswith(".part")]
     if (run.folder / "metrics.jsonl").exists():
@@ -320,7 +320,7 @@ def test_a_run_on_drive_trains_on_the_machine_and_ends_on_drive(colab, tmp_path)
     assert fit(Line(), run, Budget(steps=60)) == numbers
 
 
-def test_another_machine_goes_on_from_drive_to_the_same_weights(colab, tmp_path):
+def test_another_machine_resumes_from_drive_to_the_same_weights(colab, tmp_path):
     whole = Line()
     fit(whole, Run.open(tmp_path / "whole", {}), Budget(steps=60))
     run = open_run(colab / "run", {})

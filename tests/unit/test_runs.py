@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 
 from image_diffusion.drive import open_run
 from image_diffusion.files import UserError, write_json
+from image_diffusion.pipeline import start_over
 from image_diffusion.runs import FORMAT, Run, load_checkpoint, load_snapshot, name_runs, save_checkpoint, save_snapshot
 from image_diffusion.train_autoencoder import load_autoencoder
 
@@ -38,6 +39,12 @@ def test_a_checkpoint_made_before_0_1_is_refused_without_its_config_json(old):
     (old / "config.json").unlink()
     with pytest.raises(UserError, match=f"{old} {OLD}"):
         Run.open(old, SETTINGS)
+
+
+def test_fresh_replaces_a_run_made_before_0_1(old):
+    write_json(old / "config.json", {"source": "synthetic", "preset": "tiny", "hours": 1.0, "bottlenecks": ["kl"]})
+    start_over(old)
+    assert not old.exists()
 
 
 @pytest.mark.parametrize("load", [load_snapshot, load_autoencoder])
