@@ -117,10 +117,10 @@ def load_parts(
     run, precision = Run.load(folder), precision or Precision.pick()
     tensors, config = load_snapshot(folder)
     if not {"unet", "noise_levels", "parameterization", "classes", "latent_shape", "autoencoder"} <= config.keys():
-        raise UserError(f"{folder} is not the run of a prior, or one of an older version: give a folder that train-diffusion wrote.")
+        raise UserError(f"{folder} is not the run of a diffusion model: give a folder that train-diffusion wrote.")
     autoencoder = load_autoencoder(autoencoder or run.folder / str(run.config.get("autoencoder")))
     if autoencoder.sha256 != config["autoencoder"]:
-        raise UserError(f"The autoencoder in {autoencoder.folder} is not the one that this prior was trained with: "
+        raise UserError(f"The autoencoder in {autoencoder.folder} is not the one that this model was trained with: "
                         "give the right one with --autoencoder.")
     networks = load_network(lambda: build_networks(config), tensors if ema is None else tensors | reconstruct_ema(folder, ema), folder)
     if not (networks["scale"].std > 0).all() or autoencoder.bottleneck.z_channels != config["latent_shape"][0]:
@@ -142,7 +142,7 @@ def class_labels(
     names = names or [None]
     if unknown := set(names) - {*model.classes, None}:
         known = ", ".join(model.classes) or "none: it was trained without classes"
-        raise UserError(f"This prior has no class {sorted(unknown)[0]!r}; its classes are {known}.")
+        raise UserError(f"This model has no class {sorted(unknown)[0]!r}; its classes are {known}.")
     labels = [-1 if name is None else model.classes.index(name) for name in names]
     return torch.tensor(list(islice(cycle(labels), len(labels) if n is None else n)), device=model.precision.device)
 
@@ -154,7 +154,7 @@ def labels_of(
 ) -> torch.Tensor:
     "The classes of data rows in the model's own numbering, (N,) on its device. UserError if the data have other classes or another size."
     if data.size != model.size:
-        raise UserError(f"The photos in {data.folder} are {data.size} px, this prior samples {model.size} px: "
+        raise UserError(f"The photos in {data.folder} are {data.size} px, this model samples {model.size} px: "
                         f"prepare them with --size {model.size}.")
     return class_labels(model, [data.classes[label] if label >= 0 and model.classes else None for label in data.labels[rows]])
 
@@ -174,7 +174,7 @@ def generate_latents(
         raise UserError(f"Sampling needs at least one step and one image, not {steps} and {len(labels)}.")
     guidance = model.guidance if guidance is None else guidance
     if not model.classes and (torch.as_tensor(guidance) != 1).any():
-        raise UserError("This prior was trained without classes, so that there is nothing to guide towards: leave guidance out.")
+        raise UserError("This model was trained without classes, so that there is nothing to guide towards: leave guidance out.")
     sampling = {"sigma_min": model.sigma_min, "sigma_max": model.sigma_max} | sampling
     with model.precision.autocast():
         return sample_latents(denoiser or model.denoiser, shape or model.latent_shape, labels, indices, guidance=guidance, **sampling)
@@ -299,7 +299,7 @@ def load_photo(
 ) -> torch.Tensor:
     "The middle square of an image file of any size and mode as (1,3,size,size) in [-1,1]. UserError if it is missing or no image."
     if not Path(path).is_file():
-        raise UserError(f"There is no picture {path}: check the path.")
+        raise UserError(f"There is no image {path}: check the path.")
     pixels, reason = try_photo(lambda: open(path, "rb"), size)
     if pixels is None:
         raise UserError(f"{path} cannot be used: {reason}. Give a JPEG, PNG or another common format.")
@@ -313,7 +313,7 @@ def encode(
 ) -> torch.Tensor:
     "Normalized latents (B,C,h,w) of images. UserError for another size."
     if x.shape[1:] != (3, model.size, model.size):
-        raise UserError(f"This prior takes images of shape (3, {model.size}, {model.size}), not {tuple(x.shape[1:])}: "
+        raise UserError(f"This model takes images of shape (3, {model.size}, {model.size}), not {tuple(x.shape[1:])}: "
                         "crop and resize them first (`load_photo` does).")
     with model.precision.autocast():
         h = model.autoencoder.encode(x.to(model.precision.device))

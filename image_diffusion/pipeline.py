@@ -106,7 +106,7 @@ def train_both_stages(
     run = folder / "prior"
     minutes = recorded_minutes(run) or diffusion_minutes(total, used, sampling_minutes(preset, settings["samples"] + GRID_IMAGES))
     result = train_diffusion(data, folder / f"autoencoder-{kinds[0]}", run, preset, minutes, time_limit=minutes_left(end), **common)
-    click.echo(f"Trained the prior in {result['minutes']:.1f} minutes ({result['step']} steps): dev loss {result['dev_loss']:.4f}.")
+    click.echo(f"Trained the diffusion model in {result['minutes']:.1f} minutes ({result['step']} steps): dev loss {result['dev_loss']:.4f}.")
 
 # %% ../nbs/80_pipeline.ipynb #9932339a
 def sample_and_measure(

@@ -182,7 +182,7 @@ def test_damaged_prepared_data(prepared, tmp_path):
 def test_drawing_without_a_finished_prior(whole_run, old, tmp_path):
     refused("generate", "--run", tmp_path / "nowhere", keep=tmp_path, says=["no run in", "nowhere"])
     refused("generate", "--run", old, keep=tmp_path, says=["no run in", "old"])
-    refused("generate", "--run", whole_run / "autoencoder-kl", keep=whole_run, says=["not the run of a prior"])
+    refused("generate", "--run", whole_run / "autoencoder-kl", keep=whole_run, says=["not the run of a diffusion model"])
     unfinished = Path(shutil.copytree(whole_run, tmp_path / "unfinished")) / "prior"
     shutil.rmtree(unfinished / "snapshots")
     refused("generate", "--run", unfinished, keep=tmp_path, says=["no snapshot", "training command"])
@@ -192,7 +192,7 @@ def test_a_prior_for_the_wrong_autoencoder(whole_run, prepared, tmp_path):
     folder = Path(shutil.copytree(whole_run, tmp_path / "run"))
     shutil.rmtree(folder / "autoencoder-kl")
     (folder / "autoencoder-vq").rename(folder / "autoencoder-kl")
-    refused("generate", "--run", folder / "prior", keep=folder, says=["not the one that this prior was trained with"])
+    refused("generate", "--run", folder / "prior", keep=folder, says=["not the one that this model was trained with"])
     refused("train-diffusion", "--data", prepared.folder, "--autoencoder", tmp_path, "--preset", "tiny", "--run", tmp_path / "prior", keep=tmp_path,
             says=[str(tmp_path), "train"])
 
