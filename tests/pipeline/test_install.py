@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 import zipfile
+from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 
 import click
+import image_diffusion
 import pytest
 from conftest import MAIN, ROOT, type_in
 from image_diffusion.cli import main
@@ -111,13 +113,22 @@ def test_the_python_of_the_readme_calls_what_there_is():
     assert len(calls) == 5
 
 
+def test_the_changelog_names_what_there_is():
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    renamed = re.findall(r"^\| `[^|]*\| `(\w+)\.([\w.]+)` \|$", text, re.M)
+    moved = [(room, name) for room, names in re.findall(r"^\| `\w+` \| `(\w+)` \| (.*) \|$", text, re.M) for name in re.findall(r"`(\w+)`", names)]
+    assert len(renamed) > 50 and len(moved) > 100
+    assert not [(room, name) for room, name in renamed + moved if not hasattr(import_module(f"image_diffusion.{room}"), name.partition(".")[0])]
+    assert f"## {image_diffusion.__version__} " in text
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     "A wheel built from a copy of what packaging needs, with notebooks and tests lying beside."
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
     for name in ("image_diffusion", "nbs", "tests"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("settings.ini", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+    for name in ("settings.ini", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     built = subprocess.run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, tree], capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
