@@ -45,9 +45,7 @@ class GaussianBottleneck(nn.Module):
         "The most likely latent: the mean."
         return self.posterior(h)[0]
 
-    def latent(self, h):
-        "What stage 2 stores: (mean, logvar)."
-        return self.posterior(h)
+    latent = posterior  # what stage 2 stores
 
     def quantize(self, z):
         "The identity: every point is a latent."

@@ -54,47 +54,32 @@ class PatchDiscriminator(nn.Module):
         return self.layers(x)
 
 # %% ../nbs/25_discriminator.ipynb #a0b582af
-def hinge_d_loss(
-    logits_real,  # of photos, any shape
-    logits_fake,  # of reconstructions, any shape
-):
+def hinge_d_loss(logits_real, logits_fake):
     "Discriminator: photos above 1, reconstructions below -1 (Lim & Ye 2017)."
     return (F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean()) / 2
 
 
-def hinge_g_loss(
-    logits_fake,  # of reconstructions, any shape
-):
+def hinge_g_loss(logits_fake):
     "Autoencoder: raise the logits of reconstructions."
     return -logits_fake.mean()
 
 # %% ../nbs/25_discriminator.ipynb #6305a293
-def bce_d_loss(
-    logits_real,  # of photos, any shape
-    logits_fake,  # of reconstructions, any shape
-):
+def bce_d_loss(logits_real, logits_fake):
     "Discriminator: cross-entropy (Goodfellow et al. 2014, eq. 1)."
     return (F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean()) / 2
 
 
-def bce_g_loss(
-    logits_fake,  # of reconstructions, any shape
-):
+def bce_g_loss(logits_fake):
     "Autoencoder: non-saturating cross-entropy."
     return F.softplus(-logits_fake).mean()
 
 # %% ../nbs/25_discriminator.ipynb #bf4e0097
-def ls_d_loss(
-    logits_real,  # of photos, any shape
-    logits_fake,  # of reconstructions, any shape
-):
+def ls_d_loss(logits_real, logits_fake):
     "Discriminator: least squares (Mao et al. 2017, eq. 9)."
     return ((logits_real - 1).square().mean() + logits_fake.square().mean()) / 2
 
 
-def ls_g_loss(
-    logits_fake,  # of reconstructions, any shape
-):
+def ls_g_loss(logits_fake):
     "Autoencoder: least squares."
     return (logits_fake - 1).square().mean() / 2
 
@@ -104,19 +89,13 @@ GAN_LOSSES = {  # name -> the discriminator's loss, the autoencoder's loss
 
 # %% ../nbs/25_discriminator.ipynb #10df0a7c
 @torch.no_grad()
-def d_accuracy(
-    logits_real,  # of photos, any shape
-    logits_fake,  # of reconstructions, any shape
-):  # () in [0, 1]
-    "Part of the patches on the right side of 0, photos and reconstructions counting the same."
+def d_accuracy(logits_real, logits_fake):
+    "Fraction of patches on the right side of 0, photos and reconstructions counting the same."
     return ((logits_real > 0).float().mean() + (logits_fake < 0).float().mean()) / 2
 
 
 @torch.no_grad()
-def logit_margin(
-    logits_real,  # of photos, any shape
-    logits_fake,  # of reconstructions, any shape
-):  # ()
+def logit_margin(logits_real, logits_fake):
     "How much higher the mean logit is for photos than for reconstructions."
     return logits_real.float().mean() - logits_fake.float().mean()
 
