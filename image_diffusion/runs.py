@@ -76,8 +76,8 @@ def config_difference(
 class Run:
     "A run folder: `config.json`, `metrics.jsonl`, `checkpoints/`, `snapshots/`, `samples/`, `finished.json`."
     folder: Path
-    saved: threading.Event = field(default_factory=threading.Event, repr=False, compare=False)   # set by each save, for who copies the run
-    copy_seconds: float = 0.0                                                                    # how long such a copy takes
+    saved: threading.Event = field(default_factory=threading.Event, repr=False, compare=False)  # set by each save
+    copy_seconds: float = 0.0  # of the last copy to Drive
 
     @classmethod
     def open(cls, folder: Path, config: dict) -> "Run":
