@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CPU_LIBRARY_BYTES', 'CPU_FRAGMENTATION', 'CPU_MACS_PER_SECOND', 'CUDA_CONTEXT_BYTES', 'T4_MACS_PER_SECOND',
-           'CostCounter', 'fake_weights', 'state_bytes', 'step_cost', 'planned_bytes', 'describe_cost']
+           'CostCounter', 'attributes_of', 'fake_weights', 'state_bytes', 'step_cost', 'planned_bytes', 'describe_cost']
 
 # %% ../nbs/45_cost.ipynb #6b3fd9d0
 import weakref
@@ -47,9 +47,15 @@ class CostCounter(TorchDispatchMode):
         return out
 
 # %% ../nbs/45_cost.ipynb #37f1e0cd
+def attributes_of(stage) -> list:
+    "Names and values of the attributes of a stage and of its trainers, which are those that have an optimizer."
+    holders = [stage, *(value for value in vars(stage).values() if hasattr(value, "optimizer"))]
+    return [attribute for holder in holders for attribute in vars(holder).items()]
+
+
 def fake_weights(stage) -> None:
     "Under a FakeTensorMode: replace the weights of all networks of a stage by fake ones, also in its optimizers."
-    fakes, parts = {}, list(vars(stage).values())
+    fakes, parts = {}, [value for _, value in attributes_of(stage)]
     for module in [part for part in parts if isinstance(part, torch.nn.Module)]:
         before = list(module.parameters())
         fakes |= dict(zip(before, module.to_empty(device="cpu").parameters()))
@@ -73,9 +79,10 @@ def step_cost(
         step()
         counter.peak = counter.flops = 0
         step()
-    parts = [part for part in vars(stage).values() if isinstance(part, torch.nn.Module) and part is not stage.ema]
-    sizes = {"weights": state_bytes(*parts), "ema": state_bytes(stage.ema),
-             "optimizer": state_bytes(*(part for part in vars(stage).values() if isinstance(part, torch.optim.Optimizer))),
+    parts = [part for name, part in attributes_of(stage) if isinstance(part, torch.nn.Module) and name != "ema"]
+    optimizers = [part for _, part in attributes_of(stage) if isinstance(part, torch.optim.Optimizer)]
+    sizes = {"weights": state_bytes(*parts), "ema": state_bytes(*(part for name, part in attributes_of(stage) if name == "ema")),
+             "optimizer": state_bytes(*optimizers),
              "gradients": max(sum(p.nbytes for p in part.parameters() if p.requires_grad) for part in parts)}
     return sizes | {"activations": max(0, counter.peak - sum(sizes.values())), "macs": counter.flops // 2}
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCALE_FLOOR', 'SPARE_MINUTES', 'MAX_SKIPPED_STEPS', 'MAX_ROLLBACKS', 'convolution_seconds', 'faster_in_bf16',
-           'Precision', 'optimizer_step', 'Tick', 'Budget', 'learning_rate', 'batch_indices', 'seed_step', 'Stage',
-           'training_loop', 'Interrupted', 'minutes_of', 'session_end', 'minutes_left', 'StopRequest',
+           'Precision', 'optimizer_step', 'Tick', 'Budget', 'learning_rate', 'batch_indices', 'seed_step', 'Stateful',
+           'Stage', 'training_loop', 'Interrupted', 'minutes_of', 'session_end', 'minutes_left', 'StopRequest',
            'TrainingDiverged', 'RunningMeans', 'MetricsLogger', 'check_restored', 'Checkpointer', 'roll_back',
            'measure_if_due', 'after_step', 'train', 'finish', 'fit']
 
@@ -92,7 +92,7 @@ def optimizer_step(
     scaler: torch.amp.GradScaler,  # of the same optimizer, so that two networks never share a scale
     grad_clip: float,    # largest gradient norm that is applied unchanged
 ) -> dict:
-    "Backward and step; returns `grad_norm` before and `applied_norm` after clipping, fp16's `scale`, and as 1.0 or 0.0 `clipped`, `skipped`, `nan_loss`."
+    "Backward and step; returns `grad_norm`, `applied_norm` (clipped), fp16's `scale`, and 1.0 or 0.0 for `clipped`, `skipped`, `nan_loss`."
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
@@ -168,16 +168,43 @@ def seed_step(
     torch.manual_seed(seed * 1_000_003 + step)
 
 # %% ../nbs/44_training.ipynb #eb2a1761
-class Stage:
-    "What is trained: a subclass names its stateful `parts` and adds `train_step`, `evaluate`, `score`, `sample` and `snapshot`."
-    parts = ()   # names of the attributes that have a state: networks, EMA, optimizers, scalers
+class Stateful:
+    "Something whose state is that of its named `parts`: networks, EMAs, optimizers, scalers, or Stateful ones."
+    parts = ()   # names of attributes
     precision = Precision()
+
+    def state_dict(self) -> dict:
+        "The state of all parts, for a checkpoint."
+        return {name: getattr(self, name).state_dict() for name in self.parts} | {"precision": str(self.precision)}
+
+    def load_state_dict(self, state: dict) -> None:
+        "Restore a state. An optimizer keeps the recipe's settings; a scaler that was off where the state was saved starts anew."
+        self.keep_precision(state["precision"])
+        for name in self.parts:
+            part = getattr(self, name)
+            if isinstance(part, torch.optim.Optimizer):
+                part.load_state_dict(part.state_dict() | {"state": state[name]["state"]})
+            elif state[name] or not isinstance(part, torch.amp.GradScaler):
+                part.load_state_dict(state[name])
+
+    def keep_precision(self, saved: str) -> None:
+        "On a CPU resume in the precision of the checkpoint: which one is faster was measured, and a busy machine can measure otherwise."
+        for precision in (Precision("cpu", torch.float32), Precision("cpu", torch.bfloat16)):
+            if self.precision.device == "cpu" and str(precision) == saved:
+                self.precision = precision
+                for module in (part for part in self.leaves() if isinstance(part, torch.nn.Module)):
+                    precision.place(module)
+
+    def leaves(self):
+        "All parts, and those of Stateful parts instead of these."
+        for part in (getattr(self, name) for name in self.parts):
+            yield from part.leaves() if isinstance(part, Stateful) else (part,)
+
+# %% ../nbs/44_training.ipynb #6eb26994
+class Stage(Stateful):
+    "What is trained: a subclass adds its `parts`, and `train_step`, `evaluate`, `score`, `sample` and `snapshot`."
     rollbacks = 0          # how often training diverged and was rolled back to a checkpoint
     measure_every = None   # steps between two calls of `measure`; None = none
-
-    def ema_averages(self) -> dict:
-        "Power-function EMAs by width, of which snapshots are kept; see `reconstruct_ema`."
-        return {}
 
     @property
     def seed(self) -> int:
@@ -192,33 +219,22 @@ class Stage:
         "The learning rate of a step by the recipe, halved by each rollback."
         return learning_rate(step, progress, self.recipe.lr, self.recipe.warmup_steps, self.recipe.final_lr) * 0.5 ** self.rollbacks
 
+    def ema_averages(self) -> dict:
+        "Power-function EMAs by width, of which snapshots are kept; see `reconstruct_ema`."
+        return {}
+
     def curves(self, records: list) -> Figure:
         "The curves that are shown while training."
         return plot_runs({"": records}, {"loss": ["loss"], "gradient norm (before clipping)": ["grad_norm"]})
 
     def state_dict(self) -> dict:
-        "The state of all parts, for a checkpoint."
-        return {name: getattr(self, name).state_dict() for name in self.parts} | {"rollbacks": self.rollbacks, "precision": str(self.precision)}
+        "The state of all parts and the number of rollbacks."
+        return super().state_dict() | {"rollbacks": self.rollbacks}
 
     def load_state_dict(self, state: dict) -> None:
-        "Restore a checkpoint's state. The settings of an optimizer stay the recipe's; a scaler that was off where the checkpoint was saved starts anew."
+        "Restore the state of a checkpoint."
         self.rollbacks = state["rollbacks"]
-        self.keep_precision(state["precision"])
-        for name in self.parts:
-            part = getattr(self, name)
-            if isinstance(part, torch.optim.Optimizer):
-                part.load_state_dict(part.state_dict() | {"state": state[name]["state"]})
-            elif state[name] or not isinstance(part, torch.amp.GradScaler):
-                part.load_state_dict(state[name])
-
-    def keep_precision(self, saved: str) -> None:
-        "On a CPU resume in the precision of the checkpoint: which one is faster was measured, and a busy machine can measure otherwise."
-        for precision in (Precision("cpu", torch.float32), Precision("cpu", torch.bfloat16)):
-            if self.precision.device == "cpu" and str(precision) == saved:
-                self.precision = precision
-                for part in (getattr(self, name) for name in self.parts):
-                    if isinstance(part, torch.nn.Module):
-                        precision.place(part)
+        super().load_state_dict(state)
 
 # %% ../nbs/44_training.ipynb #53aaaeea
 def training_loop(
@@ -395,10 +411,11 @@ MAX_ROLLBACKS = 3
 
 
 def check_restored(stage: Stage, state: dict) -> None:
-    "ValueError unless a stage can train on with the state of a checkpoint: counts in their range, and for each weight what Adam keeps of it."
-    if not (type(state["step"]) is int and 0 <= state["step"] < 2**40 and 0 <= state["seconds"] < math.inf and 0 <= stage.rollbacks <= MAX_ROLLBACKS):
+    "ValueError unless a stage can train on with the state of a checkpoint: counts in range, and what Adam keeps of each weight."
+    in_range = type(state["step"]) is int and 0 <= state["step"] < 2**40 and 0 <= state["seconds"] < math.inf
+    if not (in_range and 0 <= stage.rollbacks <= MAX_ROLLBACKS):
         raise ValueError("its step, seconds or rollbacks are out of range")
-    for part in (getattr(stage, name) for name in stage.parts):
+    for part in stage.leaves():
         if isinstance(part, torch.amp.GradScaler) and not 0 < part.get_scale() < math.inf:
             raise ValueError("the scale of its gradients is out of range")
         for weight, kept in part.state.items() if isinstance(part, torch.optim.Adam) else ():
@@ -487,7 +504,8 @@ def after_step(checkpoints: Checkpointer, tick: Tick, bar: tqdm, stop: StopReque
     if why or time.monotonic() - checkpoints.saved_at > 60 * checkpoints.every_minutes:
         checkpoints.save(tick)
     if why:
-        raise Interrupted(f"{why} at step {tick.step}, {tick.progress:.0%} of the budget, with everything saved: run the same command again to go on.")
+        raise Interrupted(f"{why} at step {tick.step}, {tick.progress:.0%} of the budget, with everything saved: "
+                          "run the same command again to resume.")
 
 
 def train(checkpoints: Checkpointer, budget: Budget, name: str, end: float) -> Tick:

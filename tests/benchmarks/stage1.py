@@ -20,12 +20,12 @@ from torch import nn
 from image_diffusion import training
 from image_diffusion.autoencoder import count_parameters, make_autoencoder
 from image_diffusion.bottleneck import GaussianBottleneck
-from image_diffusion.data import load_prepared, prepare, to_bytes
+from image_diffusion.data import load_batch, load_prepared, prepare, to_bytes
 from image_diffusion.features import Lite0Features, in_batches
 from image_diffusion.fid import collect_stats, frechet_distance
 from image_diffusion.perceptual import FeatureDistance, load_lite0
 from image_diffusion.runs import Run, load_checkpoint
-from image_diffusion.train_autoencoder import PRESETS, AutoencoderStage
+from image_diffusion.train_autoencoder import PRESETS, AutoencoderStage, reconstruct
 from image_diffusion.ema import make_ema
 from image_diffusion.training import Budget, Precision, fit
 
@@ -71,9 +71,9 @@ class TheirStage(AutoencoderStage):
     def __init__(self, *args):
         super().__init__(*args)
         torch.manual_seed(self.recipe.seed)
-        self.model = self.precision.place(Theirs(self.channels)).train()
-        self.ema = make_ema(self.model, self.recipe.ema_decay)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.recipe.lr, betas=(0.9, 0.99), weight_decay=0.0)
+        model = self.precision.place(Theirs(self.channels)).train()
+        self.autoencoder.model, self.autoencoder.ema = model, make_ema(model, self.recipe.ema_decay)
+        self.autoencoder.optimizer = torch.optim.AdamW(model.parameters(), lr=self.recipe.lr, betas=(0.9, 0.99), weight_decay=0.0)
 
 
 def theirs(*channels):
@@ -100,7 +100,8 @@ def measure(stage, data):
     "PSNR, SSIM, codes, and the Frechet distance of dev reconstructions to the dev photos."
     numbers, features, images = stage.evaluate(), Lite0Features(), []
     for rows in torch.as_tensor(data.dev).split(64):
-        images.append(to_bytes(stage.reconstruct(rows.numpy())[1]).numpy())
+        x = load_batch(data.images, rows.numpy(), stage.precision.device)
+        images.append(to_bytes(reconstruct(stage.autoencoder.ema.module, x, stage.precision)[0]).numpy())
     reference = collect_stats(in_batches(data.images, data.dev), features)
     return numbers | {"rFD-lite0": frechet_distance(collect_stats(images, features), reference)}
 
@@ -114,7 +115,7 @@ def train(name, data, minutes, seed, out):
     run = Run.open(out / name, {"stage": "autoencoder", "preset": name, "recipe": asdict(recipe), "minutes": minutes, "data": data.manifest["sha256"]})
     finished = fit(stage, run, Budget(minutes=minutes), name)
     stage.load_state_dict(load_checkpoint(run)["stage"])      # where the run was finished before, too
-    facts = {"name": name, "parameters": count_parameters(stage.model), "minutes": minutes, "threads": torch.get_num_threads(), "seed": recipe.seed,
+    facts = {"name": name, "parameters": count_parameters(stage.autoencoder.model), "minutes": minutes, "threads": torch.get_num_threads(), "seed": recipe.seed,
              "precision": str(stage.precision.dtype), "steps": finished["step"], "images": finished["step"] * recipe.batch_size, "lr": recipe.lr}
     print(json.dumps(facts | {key: round(value, 4) for key, value in measure(stage, data).items()}), flush=True)
 

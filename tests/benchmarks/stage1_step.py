@@ -24,7 +24,7 @@ from image_diffusion.runs import Run
 from image_diffusion.train_autoencoder import PRESETS, AutoencoderStage
 from image_diffusion.training import MetricsLogger, Precision, Tick
 
-LATE = 0.9    # of the budget: the discriminator is heard
+LATE = 0.9    # of the budget: the discriminator is on
 
 
 def seconds(actions, turns):
@@ -66,10 +66,11 @@ def classic(folder):
     model = AutoencoderConfig(z_channels=PRESETS["photos64-kl"].model.z_channels, ch=32, ch_mult=(1, 2, 4), num_groups=16)
     recipe = replace(PRESETS["photos64-kl"], model=model)
     ours, peer = AutoencoderStage(data, recipe), theirs(32, 64, 128)(data, recipe)
-    peer.model.net.load_state_dict(diffusers_state_dict(ours.model))
+    peer.autoencoder.model.net.load_state_dict(diffusers_state_dict(ours.autoencoder.model))
     x = ours.batch(0)
     with torch.no_grad():
-        both = [stage.model.decode_latent(stage.model.latent(stage.model.encode(x))[0]) for stage in (ours, peer)]
+        models = [stage.autoencoder.model for stage in (ours, peer)]
+        both = [model.decode_latent(model.latent(model.encode(x))[0]) for model in models]
     print(f"largest difference of the two reconstructions: {(both[0] - both[1]).abs().max():.1e}")
     compare("a step at 64 px, batch 8, fp32, patch=1", {"diffusers AutoencoderKL": step_of(peer), "ours": step_of(ours)}, turns=25)
 
@@ -79,10 +80,9 @@ def overhead(folder):
     data = prepare("synthetic", folder / "data64", 64, limit=200, progress=False)
     for name in ("photos64-kl", "photos64-vq"):
         bare, careful = AutoencoderStage(data, PRESETS[name]), AutoencoderStage(data, PRESETS[name])
-        bare.ema.update_parameters = lambda model: None
-        bare.code_health = lambda step, check: {}
-        if hasattr(bare, "usage"):
-            bare.usage.update = lambda counts: None
+        bare.autoencoder.ema.update_parameters = lambda model: None
+        if hasattr(bare.autoencoder, "usage"):
+            bare.autoencoder.usage.update = lambda counts: None
         log = MetricsLogger(Run.open(folder / name, {}), careful, every=25, samples=0)
 
         def bare_steps(turn):

@@ -41,7 +41,8 @@ PRIOR = DiffusionRecipe(UNetConfig(size=8, ch=8, ch_mult=(1, 2), num_res_blocks=
 def autoencoder_stage(data, folder):
     "A VQ autoencoder with a discriminator, and gradient scalers that move."
     stage = AutoencoderStage(data, AUTOENCODER)
-    stage.scaler, stage.disc_scaler = (torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=n) for n in (7, 11))
+    for trainer, interval in ((stage.autoencoder, 7), (stage.disc, 11)):
+        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=interval)
     return stage
 
 

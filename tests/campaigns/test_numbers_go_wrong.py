@@ -58,6 +58,11 @@ def train(stage, folder, steps=STEPS, **words):
     return run
 
 
+def ema_of(state):
+    "The EMA weights in a checkpoint."
+    return (state["stage"].get("autoencoder") or state["stage"])["ema"]
+
+
 def sound(run):
     "Whether everything in the newest checkpoint is finite. (One that is not could not even be read.)"
     return load_checkpoint(run)["step"] > 0
@@ -77,7 +82,7 @@ def test_broken_images_that_come_again_and_again_end_in_a_sentence(stage, tmp_pa
         fit(broken(stage, lambda step, rows: step >= 3), run, Budget(steps=200), log_every=1, samples=1, save_every_minutes=0.0)
     state = load_checkpoint(run)
     assert state["step"] > 0 and run.finished is None
-    assert all(value.isfinite().all() for value in state["stage"]["ema"].values())
+    assert all(value.isfinite().all() for value in ema_of(state).values())
 
 
 def test_a_rollback_takes_the_photos_in_another_order(stage, tmp_path, capsys):
@@ -110,7 +115,7 @@ def test_resume_after_a_rollback_is_exact(prepared, home, tmp_path, capsys):
     parts = train(make(), tmp_path / "parts")
     whole, parts = (load_checkpoint(run)["stage"] for run in (whole, parts))
     assert whole["rollbacks"] == parts["rollbacks"] == 1
-    assert all(torch.equal(value, parts["model"][name]) for name, value in whole["model"].items())
+    assert all(torch.equal(value, parts["autoencoder"]["model"][name]) for name, value in whole["autoencoder"]["model"].items())
 
 
 def test_an_exploding_loss_is_named_and_the_best_checkpoint_kept(prepared, home, tmp_path):
@@ -119,7 +124,7 @@ def test_an_exploding_loss_is_named_and_the_best_checkpoint_kept(prepared, home,
     def explode(step, progress):
         numbers = train_step(step, progress)
         if step >= STEPS - 10:
-            with torch.no_grad(): stage.model.decoder.conv_out.weight.mul_(2)     # as if the rate were far too high
+            with torch.no_grad(): stage.autoencoder.model.decoder.conv_out.weight.mul_(2)     # as if the rate were far too high
         return numbers
     stage.train_step = explode
     run = train(stage, tmp_path / "run", save_every_minutes=0.0)
@@ -134,19 +139,20 @@ def test_a_rate_beyond_all_reason_ends_in_a_sentence_and_the_checkpoints_stay_so
     run = Run.open(tmp_path / "run", {})
     with pytest.raises(UserError, match="lower lr.*as they were"):
         fit(stage, run, Budget(steps=300), log_every=1, samples=1, save_every_minutes=0.0)
-    assert all(value.isfinite().all() for value in load_checkpoint(run)["stage"]["ema"].values())
+    assert all(value.isfinite().all() for value in ema_of(load_checkpoint(run)).values())
 
 
 def test_a_scaler_at_its_minimum_is_named_and_training_goes_on(prepared, home, tmp_path):
     stage = broken(autoencoder_stage(prepared, home), lambda step, rows: step % 2)           # overflows at every other step
     run = train(stage, tmp_path / "run", steps=40)
-    assert stage.scaler.get_scale() == SCALE_FLOOR and stage.rollbacks == 0 and sound(run)
+    assert stage.autoencoder.scaler.get_scale() == SCALE_FLOOR and stage.rollbacks == 0 and sound(run)
     assert any("The fp16 loss scale is at its minimum (1)" in words for words in diagnose(read_metrics(run)))
 
 
 def test_a_discriminator_that_wins_outright_is_named_and_training_goes_on(prepared, home, tmp_path):
     stage = autoencoder_stage(prepared, home)                   # an autoencoder that hardly learns, and a discriminator that does
     stage.recipe = replace(AUTOENCODER, lr=1e-6, disc=replace(AUTOENCODER.disc, start=0.0, warmup=0.0, ramp=0.0, lr_ratio=5e3))
+    stage.disc.recipe = stage.recipe.disc
     run = train(stage, tmp_path / "run", steps=80)
     assert any("The discriminator is too strong" in words for words in diagnose(read_metrics(run)))
     assert sound(run) and run.finished["step"] == 80

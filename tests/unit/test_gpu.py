@@ -16,7 +16,7 @@ from image_diffusion.latents import cache_latents
 from image_diffusion.perceptual import LPIPS
 from image_diffusion.runs import Run, final_metrics, read_metrics
 from image_diffusion.train_autoencoder import PRESETS as AUTOENCODERS
-from image_diffusion.train_autoencoder import AutoencoderStage, autoencoder_step_cost, load_autoencoder, train_autoencoder
+from image_diffusion.train_autoencoder import INIT_BATCHES, AutoencoderStage, autoencoder_step_cost, load_autoencoder, train_autoencoder
 from image_diffusion.train_diffusion import PRESETS as PRIORS
 from image_diffusion.train_diffusion import DiffusionStage, train_diffusion
 from image_diffusion.training import Budget, Interrupted, Precision, fit
@@ -78,8 +78,8 @@ def test_the_linear_path_is_placed_as_well_as_on_the_cpu(landscapes):
     found = []
     for precision in (Precision(), T4):
         stage = AutoencoderStage(landscapes, recipe, precision)
-        stage.initialize()
-        stage.ema.update_parameters(stage.model)
+        stage.autoencoder.initialize(torch.cat([stage.batch(step) for step in range(INIT_BATCHES)]))
+        stage.autoencoder.ema.update_parameters(stage.autoencoder.model)
         found.append(stage.evaluate()["dev_psnr"])
     assert found[1] == pytest.approx(found[0], abs=0.1)
 

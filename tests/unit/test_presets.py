@@ -6,7 +6,7 @@ import torch
 from conftest import type_in
 from image_diffusion.autoencoder import count_macs, count_parameters, make_autoencoder
 from image_diffusion.train_autoencoder import PRESETS as AUTOENCODERS
-from image_diffusion.train_autoencoder import AutoencoderStage
+from image_diffusion.train_autoencoder import INIT_BATCHES, AutoencoderStage
 from image_diffusion.train_diffusion import PRESETS as PRIORS
 
 
@@ -55,8 +55,8 @@ def test_a_plan_for_an_unknown_preset_lists_the_known_ones():
 
 def test_the_autoencoder_starts_from_principal_components_where_the_preset_says_so(prepared):
     recipe = replace(AUTOENCODERS["tiny-kl"], model=replace(AUTOENCODERS["tiny-kl"].model, linear=True))
-    placed, bare = AutoencoderStage(prepared, recipe), AutoencoderStage(prepared, AUTOENCODERS["tiny-kl"])
-    for stage in (placed, bare):
-        stage.initialize()
-        stage.ema.update_parameters(stage.model)
-    assert placed.evaluate()["dev_psnr"] > bare.evaluate()["dev_psnr"] + 8
+    initialized, bare = AutoencoderStage(prepared, recipe), AutoencoderStage(prepared, AUTOENCODERS["tiny-kl"])
+    for stage in (initialized, bare):
+        stage.autoencoder.initialize(torch.cat([stage.batch(step) for step in range(INIT_BATCHES)]))
+        stage.autoencoder.ema.update_parameters(stage.autoencoder.model)
+    assert initialized.evaluate()["dev_psnr"] > bare.evaluate()["dev_psnr"] + 8

@@ -19,7 +19,8 @@ def make(data, bottleneck="kl", precision=Precision(), **changes):
     "A small stage whose optimizers are plain descent, so that a step shows the gradient."
     recipe = replace(SMALL, model=replace(SMALL.model, bottleneck=bottleneck), grad_clip=1e9, **changes)
     stage = AutoencoderStage(data, recipe, precision)
-    stage.optimizer, stage.disc_optimizer = (torch.optim.SGD(net.parameters(), lr=1.0) for net in (stage.model, stage.disc))
+    for trainer, net in ((stage.autoencoder, stage.autoencoder.model), (stage.disc, stage.disc.net)):
+        trainer.optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
     return stage
 
 
@@ -30,59 +31,56 @@ def moved(module, action):
     return {name.partition(".")[0] for name, p in module.named_parameters() if not torch.equal(p, before[name])}
 
 
-def only(stage, monkeypatch, **losses):
-    "Let only some judges speak: their grads are kept, the others' become zero."
-    ask = stage.loss_gradients
-    def asked(*args):
-        grads, numbers = ask(*args)
+def only(stage, **losses):
+    "The stage's loss with only some terms: the gradients of the others become zero."
+    def loss(*args):
+        grads, numbers = stage.loss(*args)
         return {name: grad * losses.get(name, 0.0) for name, grad in grads.items()}, numbers
-    monkeypatch.setattr(stage, "loss_gradients", asked)
+    return loss
 
 
 EVERYWHERE = {"encoder", "quant_conv", "post_quant_conv", "decoder"}
 
 
-@pytest.mark.parametrize("judge", ["rec_loss", "mse_loss", "g_loss"])
-def test_every_judge_moves_the_whole_autoencoder_and_not_the_discriminator(prepared, monkeypatch, judge):
+@pytest.mark.parametrize("term", ["rec_loss", "mse_loss", "g_loss"])
+def test_every_loss_moves_the_whole_autoencoder_and_not_the_discriminator(prepared, term):
     stage = make(prepared, kl_weight=0.0)
-    only(stage, monkeypatch, **{judge: 1.0})
-    step = lambda: stage.autoencoder_step(stage.batch(0), gan_share=1.0)
-    assert moved(stage.disc, lambda: None if moved(stage.model, step) == EVERYWHERE else pytest.fail("it did not move everything")) == set()
+    step = lambda: stage.autoencoder.step(stage.batch(0), only(stage, **{term: 1.0}), gan_share=1.0)
+    assert moved(stage.disc.net, lambda: None if moved(stage.autoencoder.model, step) == EVERYWHERE else pytest.fail("it did not move everything")) == set()
 
 
 @pytest.mark.parametrize("bottleneck", ["kl", "vq"])
-def test_the_bottlenecks_loss_moves_the_encoder_alone(prepared, monkeypatch, bottleneck):
+def test_the_bottlenecks_loss_moves_the_encoder_alone(prepared, bottleneck):
     stage = make(prepared, bottleneck, kl_weight=1.0)
-    only(stage, monkeypatch)
-    assert moved(stage.model, lambda: stage.autoencoder_step(stage.batch(0), 0.0)) == {"encoder", "quant_conv"}
+    assert moved(stage.autoencoder.model, lambda: stage.autoencoder.step(stage.batch(0), only(stage), 0.0)) == {"encoder", "quant_conv"}
 
 
 def test_the_discriminators_loss_moves_the_discriminator_alone(prepared):
     stage, x = make(prepared), None
     x = stage.batch(0)
-    x_rec = stage.through(x)[1].detach()
-    assert moved(stage.model, lambda: stage.discriminator_step(x, x_rec)) == set()
-    assert moved(stage.disc, lambda: stage.discriminator_step(x, x_rec)) == {"layers"}
+    x_rec = stage.autoencoder.forward(x)[1].detach()
+    assert moved(stage.autoencoder.model, lambda: stage.disc.step(x, x_rec)) == set()
+    assert moved(stage.disc.net, lambda: stage.disc.step(x, x_rec)) == {"layers"}
 
 
 def test_nothing_leaks_from_one_step_into_the_other(prepared):
     clean, soiled = make(prepared), make(prepared)
-    for p in [*soiled.model.parameters(), *soiled.disc.parameters()]:
+    for p in [*soiled.autoencoder.model.parameters(), *soiled.disc.net.parameters()]:
         p.grad = torch.full_like(p, 1e3)
     for stage in (clean, soiled):
         torch.manual_seed(3)
-        x, x_rec, _ = stage.autoencoder_step(stage.batch(0), 1.0, check=True)
-        stage.discriminator_step(x, x_rec)
-    for name in ("model", "disc"):
-        for a, b in zip(getattr(clean, name).parameters(), getattr(soiled, name).parameters()):
+        x, x_rec, _ = stage.autoencoder.step(stage.batch(0), stage.loss, 1.0, check=True)
+        stage.disc.step(x, x_rec)
+    for one, other in ((clean.autoencoder.model, soiled.autoencoder.model), (clean.disc.net, soiled.disc.net)):
+        for a, b in zip(one.parameters(), other.parameters()):
             assert torch.equal(a, b) and a.grad is None and b.grad is None
 
 
 def test_saturated_pixels_get_gradients(prepared):
     stage = make(prepared)
-    bias = stage.model.decoder.conv_out.bias
+    bias = stage.autoencoder.model.decoder.conv_out.bias
     bias.data.fill_(3.0)                                     # every pixel is far beyond white
-    _, x_rec, numbers = stage.autoencoder_step(stage.batch(0), 0.0, check=True)
+    _, x_rec, numbers = stage.autoencoder.step(stage.batch(0), stage.loss, 0.0, check=True)
     assert numbers["saturated"] == 1 and x_rec.min() > 1
     assert (bias < 3.0).all()
 
@@ -91,7 +89,7 @@ def test_ema_weights_are_what_is_evaluated_and_shared(prepared):
     stage = make(prepared)
     stage.train_step(0, 0.0)
     before = stage.evaluate()
-    for p in stage.model.parameters():
+    for p in stage.autoencoder.model.parameters():
         p.data.fill_(torch.nan)
     assert stage.evaluate() == before
     assert all(value.isfinite().all() for value in stage.snapshot()[0].values())
@@ -103,10 +101,10 @@ class Squares(torch.nn.Module):
 
 
 @pytest.mark.parametrize("start", [0.5, 2], ids=["share", "step"])
-def test_the_perceptual_loss_is_heard_from_its_moment_on(prepared, start):
+def test_the_perceptual_loss_is_used_from_its_start_on(prepared, start):
     stage = AutoencoderStage(prepared, replace(SMALL, perceptual_weight=1.0, perceptual_start=start), perceptual=Squares())
-    heard = ["perceptual_loss" in stage.train_step(step, progress) for step, progress in enumerate((0.1, 0.4, 0.5, 0.9))]
-    assert heard == [False, False, True, True]
+    used = ["perceptual_loss" in stage.train_step(step, progress) for step, progress in enumerate((0.1, 0.4, 0.5, 0.9))]
+    assert used == [False, False, True, True]
 
 
 def nan_batches(stage, first):
@@ -122,12 +120,12 @@ def test_a_broken_batch_changes_nothing(prepared, bottleneck, dtype):
     stage = make(prepared, bottleneck, Precision("cpu", dtype), disc=replace(SMALL.disc, lecam_weight=0.1))
     for step in range(3):
         stage.train_step(step, 0.9)
-    keep = ("model", "ema", "disc", "lecam")
-    before = {name: deepcopy(getattr(stage, name).state_dict()) for name in keep}
+    keep = {"model": stage.autoencoder.model, "ema": stage.autoencoder.ema, "disc": stage.disc.net, "lecam": stage.disc.lecam}
+    before = {name: deepcopy(module.state_dict()) for name, module in keep.items()}
     numbers = nan_batches(stage, 3).train_step(3, 0.9)
     assert numbers["skipped"] == numbers["d_skipped"] == 1
-    for name in keep:
-        changed = [key for key, value in getattr(stage, name).state_dict().items() if not torch.equal(value, before[name][key])]
+    for name, module in keep.items():
+        changed = [key for key, value in module.state_dict().items() if not torch.equal(value, before[name][key])]
         assert not changed, (name, changed)
     stage.rollbacks = 1
     assert all(torch.as_tensor(value).isfinite().all() for value in stage.train_step(4, 0.9).values())
@@ -153,24 +151,24 @@ def test_every_option_of_the_discriminator_acts(prepared, change):
     for step in range(3):
         numbers = [stage.train_step(step, 0.9) for stage in (usual, other)][1]
     assert all(torch.as_tensor(value).isfinite() for value in numbers.values()) and not numbers["skipped"] + numbers["d_skipped"]
-    assert any(not torch.equal(a, b) for stages in [(usual.disc, other.disc), (usual.model, other.model)]
+    assert any(not torch.equal(a, b) for stages in [(usual.disc.net, other.disc.net), (usual.autoencoder.model, other.autoencoder.model)]
                for a, b in zip(stages[0].parameters(), stages[1].parameters()) if a.shape == b.shape)
 
 
-def test_the_discriminator_starts_by_share_or_by_step_and_trains_alone_first(prepared):
-    def heard(disc, moments):
+def test_the_discriminator_starts_by_share_or_by_step_after_its_warmup(prepared):
+    def used(disc, moments):
         stage = AutoencoderStage(prepared, replace(SMALL, disc=replace(SMALL.disc, **disc)))
         numbers = [stage.train_step(step, progress) for step, progress in moments]
         return ["g_loss" in n for n in numbers], ["d_loss" in n for n in numbers]
     shares = [(0, 0.5), (1, 0.72), (2, 0.9)]
-    assert heard(dict(start=0.75, warmup=0.05, ramp=0.0), shares) == ([False, False, True], [False, True, True])
-    assert heard(dict(start=2, warmup=1, ramp=0), shares) == ([False, False, True], [False, True, True])
-    assert heard(dict(weight=0.0), shares) == ([False] * 3, [False] * 3)
+    assert used(dict(start=0.75, warmup=0.05, ramp=0.0), shares) == ([False, False, True], [False, True, True])
+    assert used(dict(start=2, warmup=1, ramp=0), shares) == ([False, False, True], [False, True, True])
+    assert used(dict(weight=0.0), shares) == ([False] * 3, [False] * 3)
 
 
 def test_half_size_steps_train_the_decoder_on_half_size_photos(prepared):
     stage = AutoencoderStage(prepared, replace(SMALL, equivariance=1.0))
-    x, x_rec, *_ = stage.through(stage.batch(0))
+    x, x_rec, *_ = stage.autoencoder.forward(stage.batch(0))
     assert x.shape == x_rec.shape == (4, 3, 16, 16)
     assert stage.train_step(1, 0.9)["skipped"] == 0
 
@@ -181,7 +179,7 @@ def test_the_codebook_is_counted_over_an_epoch(prepared, bottleneck):
     epoch = len(prepared.train) // SMALL.batch_size
     records = [stage.train_step(step, 0.0) for step in range(epoch)]
     assert [step for step, r in enumerate(records) if "perplexity" in r] == [epoch - 1]
-    assert records[-1]["codes_share"] > 0.1 and stage.usage.counts.sum() == 0 and "dead_codes" in records[0]
+    assert records[-1]["codes_share"] > 0.1 and stage.autoencoder.usage.counts.sum() == 0 and "dead_codes" in records[0]
 
 
 def test_diagnostic_metrics_reach_the_log_and_the_diagnosis(prepared, tmp_path):
