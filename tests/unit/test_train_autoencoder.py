@@ -11,7 +11,7 @@ from image_diffusion.diagnostics import diagnose
 from image_diffusion.training import Budget, Precision, fit
 
 TINY = PRESETS["tiny-kl"]
-SMALL = replace(TINY, model=replace(TINY.model, ch=16, codebook_size=32), batch_size=4, disc=replace(TINY.disc, ch=16))
+SMALL = replace(TINY, model=replace(TINY.model, ch=16, codebook_size=32), batch_size=4, disc=replace(TINY.disc, ch=8))
 NO_PIXELS = {"rec_loss": 0.0, "mse_loss": 0.0, "perceptual_loss": 0.0}
 
 
@@ -175,8 +175,8 @@ def test_half_size_steps_train_the_decoder_on_half_size_photos(prepared):
 
 @pytest.mark.parametrize("bottleneck", ["vq", "vq-gradient", "fsq"])
 def test_the_codebook_is_counted_over_an_epoch(prepared, bottleneck):
-    stage = AutoencoderStage(prepared, replace(SMALL, model=replace(SMALL.model, bottleneck=bottleneck)))
-    epoch = len(prepared.train) // SMALL.batch_size
+    stage = AutoencoderStage(prepared, replace(SMALL, batch_size=16, model=replace(SMALL.model, bottleneck=bottleneck)))
+    epoch = len(prepared.train) // 16
     records = [stage.train_step(step, 0.0) for step in range(epoch)]
     assert [step for step, r in enumerate(records) if "perplexity" in r] == [epoch - 1]
     assert records[-1]["codes_share"] > 0.1 and stage.autoencoder.usage.counts.sum() == 0 and "dead_codes" in records[0]
@@ -185,7 +185,7 @@ def test_the_codebook_is_counted_over_an_epoch(prepared, bottleneck):
 def test_diagnostic_metrics_reach_the_log_and_the_diagnosis(prepared, tmp_path):
     recipe = replace(SMALL, grad_clip=1e-3, model=replace(SMALL.model, bottleneck="vq"), disc=replace(SMALL.disc, start=0.1, warmup=0.1))
     run = Run.open(tmp_path / "run", {})
-    fit(AutoencoderStage(prepared, recipe), run, Budget(steps=50))
+    fit(AutoencoderStage(prepared, recipe), run, Budget(steps=36), log_every=12, samples=1)   # an epoch
     records = read_metrics(run)
     wanted = {"grad_norm_rec_loss", "grad_norm_mse_loss", "grad_norm_g_loss", "grad_norm", "applied_norm", "clipped", "skipped", "saturated", "d_accuracy",
               "logit_margin", "gan_weight", "max_activation", "dead_codes", "perplexity", "codes_used"}
