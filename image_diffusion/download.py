@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['MAGIC', 'SUFFIXES', 'TIMEOUT', 'RETRY', 'CHUNK', 'HEADERS', 'YANDEX_API', 'YANDEX_LINK', 'DRIVE_URL', 'DRIVE_LINK',
            'DRIVE_NO_FILE', 'SYNTHETIC', 'SOURCES', 'LHQ_URL', 'HUGGINGFACE_BYTES', 'sniff_archive', 'archive_kind',
-           'TransientError', 'Remote', 'Download', 'check_status', 'check_is_archive', 'content_range',
-           'range_validator', 'is_same_file', 'receive', 'append', 'describe_error', 'next_retry', 'check_sha256',
-           'download', 'finish_download', 'resolve_yandex', 'drive_id', 'resolve_drive', 'drive_file_url', 'is_web',
-           'redact_link', 'local_name', 'resolve_link', 'fetch_link', 'fetch_lhq', 'reported', 'fetch_lhq_kaggle',
-           'fetch_lhq_huggingface', 'fetch_local', 'fetch']
+           'TransientError', 'Remote', 'Download', 'check_status', 'check_is_archive', 'content_range', 'receive',
+           'append', 'describe_error', 'next_retry', 'check_sha256', 'download', 'finish_download', 'resolve_yandex',
+           'drive_id', 'resolve_drive', 'drive_file_url', 'is_web', 'redact_link', 'local_name', 'resolve_link',
+           'fetch_link', 'fetch_lhq', 'reported', 'fetch_lhq_kaggle', 'fetch_lhq_huggingface', 'fetch_local', 'fetch']
 
 # %% ../nbs/11_download.ipynb #4b6029e7
 import hashlib
@@ -121,23 +120,17 @@ def check_is_archive(answer, head: bytes, size: int, file: Download) -> None:
         raise UserError(f"'{file.source}' gave a file that is neither a zip nor a tar; give a link to an archive of photos.")
 
 
-def content_range(answer) -> tuple:  # (first byte sent or None, bytes of the whole file or None)
-    "Which part of a file an answer brings (RFC 9110, section 14.4)."
-    if answer.status_code == 200:
-        return 0, answer.raw.length_remaining
-    found = re.match(r"bytes (?:(\d+)-\d+|\*)/(\d+)?", answer.headers.get("Content-Range", ""), re.I)
-    return tuple(number and int(number) for number in found.groups()) if found else (None, None)
-
-
-def range_validator(answer) -> str:
-    "What `If-Range` may send: a strong ETag, or else the time of the last change; may be empty (RFC 9110, section 13.1.5)."
+def content_range(
+    answer,
+) -> tuple:  # first byte sent, bytes of the whole file (None where the answer does not say so), validator (may be empty)
+    "Which part of which version of a file an answer brings (RFC 9110, sections 14.4 and 13.1.5)."
     tag = answer.headers.get("ETag", "")
-    return tag if tag.startswith('"') else answer.headers.get("Last-Modified", "")
-
-
-def is_same_file(answer, size: int, record: dict) -> bool:
-    "Whether an answer belongs to the recorded file: where both know size or validator, they agree."
-    return all(new == old for new, old in ((size, record["size"]), (range_validator(answer), record["validator"])) if new and old)
+    validator = tag if tag.startswith('"') else answer.headers.get("Last-Modified", "")  # `If-Range` takes no weak ETag
+    if answer.status_code == 200:
+        return 0, answer.raw.length_remaining, validator
+    found = re.match(r"bytes (?:(\d+)-\d+|\*)/(\d+)?", answer.headers.get("Content-Range", ""), re.I)
+    start, size = (number and int(number) for number in found.groups()) if found else (None, None)
+    return start, size, validator
 
 # %% ../nbs/11_download.ipynb #1952794a
 def receive(session: requests.Session, remote: Remote, file: Download) -> None:
@@ -148,19 +141,20 @@ def receive(session: requests.Session, remote: Remote, file: Download) -> None:
     headers = {"Range": f"bytes={received}-", "If-Range": record["validator"] or None} if received else {}
     with session.get(remote.url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
         check_status(answer, file.source)
-        start, size = content_range(answer)
+        start, size, validator = content_range(answer)
         if answer.status_code == 416 and size == received:                             # nothing is missing
             return
-        if start != 0 and (start != received or not is_same_file(answer, size, record)):
+        if start not in (0, received) or start and any(
+                new != old for new, old in ((size, record["size"]), (validator, record["validator"])) if new and old):
             file.part.unlink(missing_ok=True)
             raise TransientError("the file on the server has changed")
         size = size or remote.size or (record["size"] if start else None)
         if remote.size not in (None, size):
             raise TransientError(f"the server has {size:,} bytes instead of {remote.size:,}")
-        append(answer, start, size, file)
+        append(answer, start, size, validator, file)
 
 
-def append(answer, start: int, size: int, file: Download) -> None:
+def append(answer, start: int, size: int, validator: str, file: Download) -> None:
     "Write the answer from byte `start` on, flush it to disk, and check that it is complete."
     head = answer.raw.read(CHUNK)
     if start == 0:
@@ -169,7 +163,7 @@ def append(answer, start: int, size: int, file: Download) -> None:
     bar = {"unit": "B", "unit_scale": True, "desc": file.path.name, "disable": not file.progress}
     with open(file.part, "ab" if start else "wb") as part, tqdm.wrapattr(part, "write", size, bytes=False, initial=start, **bar) as out:
         if start == 0:                                                                 # opening has emptied an older part
-            file.write_record(size=size, validator=range_validator(answer))
+            file.write_record(size=size, validator=validator)
         out.write(head)
         shutil.copyfileobj(answer.raw, out, CHUNK)
         out.flush()

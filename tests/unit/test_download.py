@@ -415,9 +415,10 @@ def test_a_server_that_announces_more_than_it_has(host, get, body):
 def test_an_answer_from_another_place_of_the_file_is_not_appended(host, get):
     wrong = status(206, BODY[100:], Content_Range=f"bytes 100-{len(BODY) - 1}/{len(BODY)}")
     for strange in (wrong, status(206, BODY[HALF:]), status(206, BODY[HALF:], Content_Range="lines 3-4/5")):
-        url = host.serve("/photos.zip", Served(BODY, HALF, strange))
-        assert get(url).read_bytes() == BODY
-        shutil.rmtree(get(url).parent)
+        for faults in ([HALF, strange], [strange], [status(416)]):                # also where nothing came before
+            url = host.serve("/photos.zip", Served(BODY, *faults))
+            assert get(url).read_bytes() == BODY
+            shutil.rmtree(get(url).parent)
 
 
 def test_a_file_whose_length_is_not_told(host, get):
