@@ -16,7 +16,6 @@ from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
 
-import numpy as np
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
@@ -108,8 +107,9 @@ def open_array(
     path: Path,    # a .npy file
     shape: tuple,  # that the array must have; ... where any length is right
     dtype,         # of its numbers
-) -> np.ndarray:   # memory-mapped
+):   # a memory-mapped np.ndarray
     "Open an array. ValueError if its header says anything else, or if the file is shorter than that."
+    import numpy as np                # `--help` must not wait for it
     try:
         array = np.lib.format.open_memmap(path, mode="r")
     except OSError:

@@ -72,8 +72,8 @@ class LatentDiffusion:
         return encode(self, x)
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
-        "Images (B,3,H,W) of normalized latents z (B,C,h,w), on the model's device."
-        return decode(self, z)
+        "Images (B,3,H,W) of normalized latents z (B,C,h,w)."
+        return decode(self, z).cpu()
 
     def img2img(self, x: torch.Tensor, classes: list = None, **sampling) -> torch.Tensor:
         "Other images like the photos x (B,3,H,W); how much may change is said by `strength` or `sigma`, see `img2img`."

@@ -74,7 +74,8 @@ def test_a_folder_without_photos(old, tmp_path, command):
 def test_text_files_that_call_themselves_photos(tmp_path):
     for name in ("a.jpg", "b.png"):
         (tmp_path / name).write_text("no photo")
-    refused("prepare", tmp_path, "--out", tmp_path / "data", "--size", SIZE, keep=tmp_path, says=["none of the 2 files", "a.jpg", "not an image"])
+    says = ["none of the 2 files", "a.jpg", "not an image"]
+    refused("prepare", tmp_path, "--out", tmp_path / "data", "--size", SIZE, keep=tmp_path, says=says)
 
 
 def test_a_zip_cut_in_half(photos, tmp_path):
@@ -103,7 +104,8 @@ def test_too_few_photos(tmp_path, count):
 # Presets, budgets and folders
 
 @pytest.mark.parametrize("words, presets", [(["run", "synthetic"], PRIORS), (["train-autoencoder", "--data", "data"], AUTOENCODERS),
-                                            (["train-diffusion", "--data", "data", "--autoencoder", "kl"], PRIORS)], ids=["run", "train-autoencoder", "train-diffusion"])
+                                            (["train-diffusion", "--data", "data", "--autoencoder", "kl"], PRIORS)],
+                         ids=["run", "train-autoencoder", "train-diffusion"])
 def test_an_unknown_preset_is_answered_with_the_known_ones(prepared, whole_run, tmp_path, words, presets):
     words = [{"data": prepared.folder, "kl": whole_run / "autoencoder-kl"}.get(word, word) for word in words]
     refused(*words, "--run", tmp_path / "run", "--preset", "lhq129", keep=tmp_path, says=["lhq129", *presets])
@@ -151,10 +153,10 @@ def test_fresh_deletes_nothing_but_runs_of_this_package(tmp_path):
     refused(*run("synthetic:50", tmp_path / "website", "--fresh"), keep=tmp_path, says=["website"])
 
 
-@pytest.mark.parametrize("words", [["nowhere"], ["synthetic:50", "--preset", "lhq129"], ["synthetic:50", "--labels", "tabel.csv"]], ids=["source", "preset", "labels"])
+@pytest.mark.parametrize("words", ["nowhere", "synthetic:50 --preset lhq129", "synthetic:50 --labels tabel.csv"])
 def test_fresh_with_a_mistake_elsewhere_deletes_nothing(whole_run, tmp_path, words):
     folder = shutil.copytree(whole_run, tmp_path / "run")
-    refused("run", *words, "--run", folder, "--fresh", keep=folder, says=[words[-1]])
+    refused("run", *words.split(), "--run", folder, "--fresh", keep=folder, says=[words.split()[-1]])
 
 
 def test_a_file_in_the_place_of_the_run_folder(old, prepared):
@@ -164,22 +166,25 @@ def test_a_file_in_the_place_of_the_run_folder(old, prepared):
 
 
 def test_prepared_data_of_other_settings_or_size(prepared, tmp_path):
-    refused("prepare", "synthetic", "--out", prepared.folder, "--size", SIZE // 2, keep=prepared.folder, says=[f"size {SIZE}, not {SIZE // 2}"])
+    says = [f"size {SIZE}, not {SIZE // 2}"]
+    refused("prepare", "synthetic", "--out", prepared.folder, "--size", SIZE // 2, keep=prepared.folder, says=says)
     refused("train-autoencoder", "--data", prepared.folder, "--preset", "lhq128-kl", "--run", tmp_path / "run", keep=tmp_path,
             says=["lhq128-kl", "128 px", f"{SIZE} px", "--size 128"])
-    refused("train-autoencoder", "--data", tmp_path, "--preset", "tiny-kl", "--run", tmp_path / "run", keep=tmp_path, says=["no manifest.json"])
+    words = ["train-autoencoder", "--data", tmp_path, "--preset", "tiny-kl", "--run", tmp_path / "run"]
+    refused(*words, keep=tmp_path, says=["no manifest.json"])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_damaged_prepared_data(prepared, tmp_path):
     data = Path(shutil.copytree(prepared.folder, tmp_path / "data"))
     (data / "images.npy").write_bytes((data / "images.npy").read_bytes()[:-1000])
-    refused("train-autoencoder", "--data", data, "--preset", "tiny-kl", "--run", tmp_path / "run", keep=tmp_path, says=["damaged", "prepare again"])
+    words = ["train-autoencoder", "--data", data, "--preset", "tiny-kl", "--run", tmp_path / "run"]
+    refused(*words, keep=tmp_path, says=["damaged", "prepare again"])
 
 
 # Runs that are not there, not finished, or of the wrong kind
 
-def test_drawing_without_a_finished_prior(whole_run, old, tmp_path):
+def test_sampling_without_a_finished_model(whole_run, old, tmp_path):
     refused("generate", "--run", tmp_path / "nowhere", keep=tmp_path, says=["no run in", "nowhere"])
     refused("generate", "--run", old, keep=tmp_path, says=["no run in", "old"])
     refused("generate", "--run", whole_run / "autoencoder-kl", keep=whole_run, says=["not the run of a diffusion model"])
@@ -188,21 +193,21 @@ def test_drawing_without_a_finished_prior(whole_run, old, tmp_path):
     refused("generate", "--run", unfinished, keep=tmp_path, says=["no snapshot", "training command"])
 
 
-def test_a_prior_for_the_wrong_autoencoder(whole_run, prepared, tmp_path):
+def test_a_diffusion_model_of_another_autoencoder(whole_run, prepared, tmp_path):
     folder = Path(shutil.copytree(whole_run, tmp_path / "run"))
     shutil.rmtree(folder / "autoencoder-kl")
     (folder / "autoencoder-vq").rename(folder / "autoencoder-kl")
     refused("generate", "--run", folder / "prior", keep=folder, says=["not the one that this model was trained with"])
-    refused("train-diffusion", "--data", prepared.folder, "--autoencoder", tmp_path, "--preset", "tiny", "--run", tmp_path / "prior", keep=tmp_path,
-            says=[str(tmp_path), "train"])
+    words = ["train-diffusion", "--data", prepared.folder, "--autoencoder", tmp_path, "--preset", "tiny", "--run", tmp_path / "prior"]
+    refused(*words, keep=tmp_path, says=[str(tmp_path), "train"])
 
 
-def test_drawing_what_cannot_be_drawn(whole_run):
-    draw = ["generate", "--run", whole_run / "prior"]
-    refused(*draw, "--class", "city", keep=whole_run, says=["city", "desert, forest, lake, mountains, sea"])
-    refused(*draw, "--sampler", "magic", keep=whole_run, says=["magic", "dpmpp_2m"])
-    refused(*draw, "--steps", 0, keep=whole_run, says=["--steps"], code=2)
-    refused(*draw, "--n", 0, keep=whole_run, says=["--n"], code=2)
+def test_sampling_what_cannot_be_sampled(whole_run):
+    sample = ["generate", "--run", whole_run / "prior"]
+    refused(*sample, "--class", "city", keep=whole_run, says=["city", "desert, forest, lake, mountains, sea"])
+    refused(*sample, "--sampler", "magic", keep=whole_run, says=["magic", "dpmpp_2m"])
+    refused(*sample, "--steps", 0, keep=whole_run, says=["--steps"], code=2)
+    refused(*sample, "--n", 0, keep=whole_run, says=["--n"], code=2)
 
 
 def test_damaged_files_of_a_run(whole_run, tmp_path):
@@ -258,7 +263,8 @@ def test_a_disk_that_fills_up_while_training(prepared, tmp_path):
 def test_a_disk_that_fills_up_while_encoding(whole_run, tmp_path):
     folder = Path(shutil.copytree(whole_run, tmp_path / "run"))
     shutil.rmtree(next((folder / "autoencoder-kl").glob("latents-*")))
-    words = ["train-diffusion", "--data", folder / "data", "--autoencoder", folder / "autoencoder-kl", "--preset", "tiny", "--run", folder / "new"]
+    words = ["train-diffusion", "--data", folder / "data", "--autoencoder", folder / "autoencoder-kl", "--preset", "tiny", "--run",
+             folder / "new"]
     assert "Could not write the latents" in with_small_files(20_000, *words)
     assert not list((folder / "autoencoder-kl").glob("latents-*/latents.json"))
 

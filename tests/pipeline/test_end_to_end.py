@@ -66,9 +66,9 @@ def test_numbers_in_the_report_are_those_of_the_run(metrics, report):
     assert all(f"<td>{record['value']:.4g}</td>" in report for record in metrics if record["value"] is not None)
 
 
-def test_samples_are_a_picture_with_a_row_per_class(whole_run):
-    picture = np.asarray(Image.open(whole_run / "samples.png").convert("RGB"))
-    assert picture.shape[0] > 5 * SIZE and picture.std() > 5
+def test_samples_are_an_image_with_a_row_per_class(whole_run):
+    image = np.asarray(Image.open(whole_run / "samples.png").convert("RGB"))
+    assert image.shape[0] > 5 * SIZE and image.std() > 5
 
 
 def test_the_same_call_again_says_that_it_is_finished(whole_run, photos, capsys):
@@ -78,7 +78,7 @@ def test_the_same_call_again_says_that_it_is_finished(whole_run, photos, capsys)
     assert contents(whole_run) == before
 
 
-def test_generate_draws_the_same_pictures_again(whole_run, tmp_path):
+def test_generate_samples_the_same_images_again(whole_run, tmp_path):
     for name in ("a.png", "b.png"):
         result = type_in("generate", "--run", whole_run / "prior", "--n", 4, "--steps", 4, "--class", "sea", "--out", tmp_path / name)
         assert result.exit_code == 0, result.output
