@@ -209,7 +209,7 @@ def pull(
             break
         print(f"{file} on Drive is damaged or missing: going back to an older checkpoint.")
     if step == -1:
-        raise_if_none_valid([checkpoint["step"] for checkpoint in checkpoints], drive.folder)
+        raise_if_none_valid(checkpoints, drive.folder)
     for name in files_after_step(step, list(listing.sizes)):
         listing.remove(name)
     return listing.sizes

@@ -256,11 +256,11 @@ def latest_valid_checkpoint(run: Run):
 
 
 def raise_if_none_valid(
-    steps: list,   # of the checkpoints that are there, none of them intact
-    folder: Path,  # of the run
+    checkpoints: list,  # metadata of what is there, none of it intact
+    folder: Path,       # of the run
 ) -> None:
     "UserError if there are checkpoints; one of step 0 is no loss."
-    if any(steps):
+    if any(checkpoint["step"] for checkpoint in checkpoints):
         raise UserError(f"None of the checkpoints in {folder / 'checkpoints'} is whole: restore one from a copy, "
                         "or delete that folder to start this stage over.")
 
@@ -289,7 +289,7 @@ def load_checkpoint(run: Run):
     "The state of the newest intact checkpoint; None if there is no checkpoint. UserError if all are damaged, or the file holds code."
     if checkpoint := latest_valid_checkpoint(run):
         return read_state(checkpoint["file"])
-    raise_if_none_valid([checkpoint["step"] for checkpoint in list_checkpoints(run)], run.folder)
+    raise_if_none_valid(list_checkpoints(run), run.folder)
 
 # %% ../nbs/40_runs.ipynb #f0fa75ff
 def tensors_sha256(
