@@ -30,7 +30,7 @@ from .generate import LatentDiffusion, class_grid, class_labels, decode, generat
 from .landscapes import synthetic_landscapes
 from .latents import show_latents
 from .perceptual import psnr
-from .plots import Figure, figure_png, image_grid, plot_metrics, save_figure, show_images, show_rows
+from .plots import Figure, figure_png, image_grid, plot_runs, save_figure, show_images, show_rows
 from .runs import Run, name_runs, read_metrics, records_of
 from .sampling import SAMPLERS, num_evaluations
 from .train_autoencoder import (PRESETS as AUTOENCODERS, TRENDS, load_autoencoder, plan_autoencoder,
@@ -167,8 +167,7 @@ def panels_png(
     panels: dict,   # title -> metrics
 ) -> bytes:
     "A PNG of the panels for which the records have values."
-    known = {name for record in records for name, value in record.items() if value is not None}
-    return figure_png(plot_metrics(records, {title: names for title, names in panels.items() if known & set(names)}, smooth=0.6))
+    return figure_png(plot_runs({"": records}, panels, smooth=0.6))
 
 
 def curve_section(

@@ -3,6 +3,7 @@ import io
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -14,14 +15,17 @@ import time
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import SIZE, contents, type_in
 from image_diffusion import data, photos, pipeline
 from image_diffusion.data import load_prepared, pack, unpack
-from image_diffusion.files import UserError
+from image_diffusion.files import UserError, file_sha256
 from image_diffusion.landscapes import CLASSES, synthetic_landscapes
 from PIL import Image
 from test_photos import jpeg, made, reasons, same
+from torch.utils.data import DataLoader, Subset
 
 
 # Settings
@@ -61,7 +65,8 @@ def many(tmp_path_factory):
 def test_kill_9_at_ten_random_moments(many, tmp_path, monkeypatch):
     zip_file, whole = many
     monkeypatch.setattr(data, "SAVE_SECONDS", 0.02)
-    monkeypatch.setattr(data.tqdm, "_lock", threading.RLock(), raising=False)     # a fork that is killed with tqdm's own, which processes share, would keep it forever
+    # a fork that is killed with tqdm's own lock, which processes share, would keep it forever
+    monkeypatch.setattr(data.tqdm, "_lock", threading.RLock(), raising=False)
     out, dice, far, kills = tmp_path / "set", random.Random(0), [0], 0
     while kills < 10 or not far[-1] and kills < 100 and not out.exists():         # a busy machine needs more than ten to get anywhere
         kills += 1
@@ -186,11 +191,17 @@ def test_two_at_once(many, tmp_path, monkeypatch):
 
 def test_a_full_disk_keeps_what_is_done(many, tmp_path):
     words = ["prepare", str(many[0]), "--out", str(tmp_path / "set"), "--size", str(SIZE)]
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, -1)); from image_diffusion import data; data.SAVE_SECONDS = -1; " \
-            "from image_diffusion.cli import main; main()"
+    limit = """if True:
+        import resource
+        from image_diffusion import data
+        from image_diffusion.cli import main
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, -1))
+        data.SAVE_SECONDS = -1
+        main()"""
     done = subprocess.run([sys.executable, "-c", limit, *words], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert "set.part" in done.stderr and "make room" in done.stderr and json.loads((tmp_path / "set.part" / "progress.json").read_text())["done"] > 80
+    assert "set.part" in done.stderr and "make room" in done.stderr
+    assert json.loads((tmp_path / "set.part" / "progress.json").read_text())["done"] > 80
     result = type_in(*words)
     assert result.exit_code == 0 and "are there already" in result.output, result.output
     assert same(load_prepared(tmp_path / "set"), many[1])
@@ -217,6 +228,29 @@ def test_a_set_of_an_older_format(many, tmp_path):
         with pytest.raises(UserError, match="has format 1, this version reads 2"):
             action()
     assert contents(folder) == before
+
+
+def test_a_set_that_an_earlier_version_made_is_still_opened_unpacked_and_found(tmp_path):
+    "The files of format 2 as they were written before progress.json and before photos that are too small were counted."
+    images, labels = synthetic_landscapes(range(20), 16)
+    folder, packed = tmp_path / "set", tmp_path / "set.tar"
+    folder.mkdir()
+    with open(folder / "images.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": images.shape})
+        file.write(images.tobytes())
+    np.save(folder / "labels.npy", labels.astype(np.int16))
+    manifest = {"format_version": 2, "source": "synthetic", "labels": "folders", "size": 16, "limit": 20, "split_seed": 0, "source_id": "1",
+                "num_images": 20, "num_train": 18, "num_dev": 2, "classes": list(CLASSES), "sha256": file_sha256(folder / "images.npy"),
+                "skipped": [], "seconds": 0.3}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    with tarfile.open(packed, "w") as archive:
+        for name in ("manifest.json", "labels.npy", "images.npy"):
+            archive.add(folder / name, name)
+    before = contents(folder)
+    opened = load_prepared(folder)
+    assert opened.manifest == manifest and (opened.images == images).all() and (opened.labels == labels).all()
+    assert same(made("synthetic:20", folder, size=16), opened) and same(unpack(packed, tmp_path / "back", progress=False), opened)
+    assert contents(folder) == before and same(made("synthetic:20", tmp_path / "new", size=16), opened)
 
 
 def test_the_source_may_be_gone_when_the_set_is_there(many, tmp_path):
@@ -328,6 +362,19 @@ def test_a_run_in_colab_keeps_its_set_on_the_machine_and_one_file_on_drive(tmp_p
 
 
 # Batches
+
+def test_a_set_goes_into_a_dataloader(many):
+    prepared = many[1]
+    loaded = list(DataLoader(Subset(prepared, prepared.dev), batch_size=50))
+    x, labels = torch.cat([x for x, _ in loaded]), torch.cat([labels for _, labels in loaded])
+    assert x.shape == (196, 3, SIZE, SIZE) and x.dtype == torch.float32 and torch.equal(x, data.load_batch(prepared.images, prepared.dev))
+    assert labels.tolist() == prepared.labels[prepared.dev].tolist() and len(prepared) == len(prepared.images) == 1960
+
+
+def test_a_worker_gets_the_folder_and_not_a_copy_of_the_images(many):
+    sent = pickle.dumps(many[1])
+    assert len(sent) < 1000 and same(pickle.loads(sent), many[1])
+
 
 def test_a_set_that_is_cut_off_while_it_is_read(tmp_path):
     images = made("synthetic:40", tmp_path / "set").images
