@@ -66,10 +66,7 @@ def move_aside(folder: Path) -> None:
         print(f"This machine has a run of this name that is no longer on Drive: it was moved to {aside}, and a new run starts.")
 
 
-def open_run(
-    folder: Path,
-    config: dict,  # settings of the run
-) -> Run:
+def open_run(folder: Path, config: dict) -> Run:
     "`Run.open` for a folder that may be on Drive; a local copy that Drive no longer has is moved aside."
     scratch, new = scratch_folder(folder), settings_of(Path(folder)) is None
     run = Run.open(folder, config)

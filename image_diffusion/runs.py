@@ -35,11 +35,8 @@ from .files import UserError, file_sha256, read_json, summarize_error, write_ato
 FORMAT = 2   # of config.json and snapshots, since version 0.1.0; what earlier versions wrote has no such number
 
 
-def check_format(
-    found: dict,  # config.json, or the metadata of a snapshot
-    what: Path,   # where it was found
-) -> None:
-    "UserError for what was made before version 0.1.0."
+def check_format(found: dict, what: Path) -> None:
+    "UserError for the config of a run, or the metadata of a snapshot, found in `what` and made before version 0.1.0."
     if str(found.get("format")) != str(FORMAT):
         raise UserError(f"{what} was made by image_diffusion before 0.1.0, which this version does not read: "
                         "train it again, or install image_diffusion<0.1 to use it.")
@@ -138,11 +135,8 @@ def is_record(record) -> bool:
             and all(isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63) for value in record.values()))
 
 
-def is_repeated(
-    earlier: dict,  # a record
-    record: dict,   # one that was written later
-) -> bool:
-    "Whether a resumed run came back to, or before, the step of an earlier record."
+def is_repeated(earlier: dict, record: dict) -> bool:
+    "Whether a resumed run came back to, or before, the step of an earlier record when it wrote this one."
     common = (earlier.keys() & record.keys()) - {"step", "progress", "minutes"}      # training and evaluation may both record a step
     return earlier["step"] > record["step"] or (earlier["step"] == record["step"] and bool(common))
 
@@ -168,11 +162,8 @@ def files_after_step(
     return [name for name, found in steps.items() if found and int(found[1]) > step]
 
 
-def truncate_after(
-    run: Run,
-    step: int,  # optimizer steps done, by the checkpoint that the run resumes from
-) -> None:
-    "Drop what was recorded after a step: lines of `metrics.jsonl`, samples, EMA snapshots."
+def truncate_after(run: Run, step: int) -> None:
+    "Drop what was recorded after the step that a run resumes from: lines of `metrics.jsonl`, samples, EMA snapshots."
     path = run.folder / "metrics.jsonl"
     text = "".join(json.dumps(record) + "\n" for record in read_metrics(run) if record["step"] <= step)
     if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
@@ -255,11 +246,8 @@ def latest_valid_checkpoint(run: Run):
         print(f"{checkpoint['file']} is damaged or missing: going back to an older checkpoint.")
 
 
-def raise_if_none_valid(
-    checkpoints: list,  # metadata of what is there, none of it intact
-    folder: Path,       # of the run
-) -> None:
-    "UserError if there are checkpoints; one of step 0 is no loss."
+def raise_if_none_valid(checkpoints: list, folder: Path) -> None:
+    "UserError if a run's folder has checkpoints, none of which is intact; one of step 0 is no loss."
     if any(checkpoint["step"] for checkpoint in checkpoints):
         raise UserError(f"None of the checkpoints in {folder / 'checkpoints'} is whole: restore one from a copy, "
                         "or delete that folder to start this stage over.")
