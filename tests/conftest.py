@@ -1,4 +1,4 @@
-"""What several test files share: photos on disk, one finished run, a machine without network and downloaded weights, and the size of campaigns."""
+"""What several test files share: photos, one finished run, a machine without network and downloaded weights, and the size of campaigns."""
 import os
 import random
 import signal

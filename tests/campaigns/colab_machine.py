@@ -1,7 +1,7 @@
 """A stand-in for a Colab machine: a fresh kernel whose `/content` and `/var/colab` are its own, and are gone with it.
 
-The kernel runs in a mount namespace (`unshare`, Linux): its root is in memory and shows everything of this computer but `/content`, which is
-empty.
+The kernel runs in a mount namespace (`unshare`, Linux): its root is in memory and shows everything of this computer but `/content`,
+which is empty.
 The folder that plays Google Drive outlives the machine; `tests/fakes/google/colab` mounts it.
 """
 import json
@@ -75,7 +75,8 @@ class Machine:
         kept = {name: value for name, value in os.environ.items() if name not in ("IMAGE_DIFFUSION_HOME", "IN_TEST", "MPLBACKEND")}
         path = os.pathsep.join([str(ROOT / "tests/fakes"), *filter(None, [os.environ.get("PYTHONPATH")])])
         self.environment = kept | {"PYTHONPATH": path, "FAKE_DRIVE": str(drive), "TMPDIR": "/tmp.machine",
-                                   "IPYTHONDIR": "/tmp.machine/ipython", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLAB_RELEASE_TAG": "release"} | environment
+                                   "IPYTHONDIR": "/tmp.machine/ipython", "OMP_NUM_THREADS": "1",
+                                   "CUDA_VISIBLE_DEVICES": "", "COLAB_RELEASE_TAG": "release"} | environment
         kernel = [*UNSHARE, "sh", "-c", START, "sh", str(self.folder / "root"),
                   sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
         (self.folder / "kernels/colab").mkdir(parents=True)

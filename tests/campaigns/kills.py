@@ -1,6 +1,7 @@
-"""Trains a small stage again and again, each life a fork of one process, and kills it with `kill -9` at random moments until it was killed often enough.
+"""Trains a small stage again and again, each time in a fork, and kills it with `kill -9` at random moments.
 
-`python tests/campaigns/kills.py DATA FOLDER SEED KILLS` leaves the runs `whole-...` (never interrupted) and `killed-...` in FOLDER, and prints counts as JSON.
+`python tests/campaigns/kills.py DATA FOLDER SEED KILLS` leaves the runs `whole-...` (never interrupted) and `killed-...` in FOLDER, and
+prints counts as JSON.
 """
 import json
 import mmap
@@ -108,7 +109,8 @@ def main(data, folder, seed, kills):
     data, folder, chance, counts = load_prepared(data), Path(folder), random.Random(int(seed)), {}
     sys.stderr = open(os.devnull, "w")                                            # progress bars
     for name, make in STAGES.items():
-        fit(make(data, folder), Run.open(folder / f"whole-{name}", {}), Budget(steps=steps), save_every_minutes=1000, log_every=5, samples=3)
+        run = Run.open(folder / f"whole-{name}", {})
+        fit(make(data, folder), run, Budget(steps=steps), save_every_minutes=1000, log_every=5, samples=3)
         stage = make(data, folder)
         ends = [one_life(stage, folder / f"killed-{name}", steps, k % 5 < 2, chance) for k in range(int(kills))]
         live(stage, folder / f"killed-{name}", steps)                                # undisturbed at last

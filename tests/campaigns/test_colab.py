@@ -68,7 +68,7 @@ def kill_while_it_trains(machine, run):
 
 @pytest.fixture(scope="module")
 def first_pass(tmp_path_factory, campaign):
-    "Drive after the walkthroughs, each on a machine of its own, the autoencoder's on two: what they printed, how often an image was replaced."
+    "Drive after the walkthroughs, each on its own machine, the autoencoder's on two: what they printed, how often an image was replaced."
     folder = tmp_path_factory.mktemp("first")
     drive, said, updates = new_drive(folder), {}, {}
     there = drive / "MyDrive/image_diffusion/notebooks/synthetic"
@@ -107,7 +107,7 @@ def test_a_pass_leaves_everything_on_drive_and_shows_it_live(first_pass, campaig
     assert not [name for name in left if ".part" in name or "latents" in name]      # latents are read at random: on the machine's own disk
     for name in said.keys() - {"killed"}:
         assert "Mounted at /content/drive" in said[name] and (campaign.whole or "already mounted" in said[name])
-        assert name[:2] not in ("50", "65") or updates[name] >= 2                   # curves and samples, for each training that was not resumed
+        assert name[:2] not in ("50", "65") or updates[name] >= 2    # curves and samples, for each training that was not resumed
     assert "Copying 512 images" in said[AUTOENCODER]                                # the set comes back from Drive
 
 

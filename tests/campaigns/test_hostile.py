@@ -1,4 +1,4 @@
-"""Files of strangers and of broken disks: every loader gives something that works, or says in one sentence what is wrong, and runs no code."""
+"""Files of strangers and of broken disks: every loader gives something that works, or says what is wrong, and runs no code."""
 import json
 import os
 import subprocess
@@ -32,8 +32,9 @@ def test_damaged_and_hostile_files_load_or_are_refused_in_a_sentence(tmp_path, c
     assert result["problems"] == [], "\n".join(f"seed {campaign.seed}, {name}: {words[-600:]}" for name, words in result["problems"][:10])
     assert sum(loaded + refused for loaded, refused, _ in result["counts"].values()) >= campaign.share(FILES)
     if campaign.whole:
-        assert all(refused for name, (_, refused, _) in result["counts"].items() if name not in ("metrics", "note", "progress"))   # these skip what is damaged
-        assert all(loaded for loaded, _, _ in result["counts"].values())                                                # and the good files would load
+        skip_damage = ("metrics", "note", "progress")
+        assert all(refused for name, (_, refused, _) in result["counts"].items() if name not in skip_damage), result["counts"]
+        assert all(loaded for loaded, _, _ in result["counts"].values()), result["counts"]
 
 
 # What is shown
@@ -59,7 +60,7 @@ def test_a_report_shows_what_it_is_given_as_text(tmp_path):
     sections = [Section(SCRIPT, SCRIPT, (b"png",), ({SCRIPT: SCRIPT, "value": 1}, {SCRIPT: None, "value": SCRIPT}))]
     page = Tags()
     page.feed(write_report(tmp_path / "report.html", SCRIPT, sections).read_text(encoding="utf-8"))
-    assert page.text.count(SCRIPT) == 7                                                    # title twice, heading, text, a key and two values
+    assert page.text.count(SCRIPT) == 7        # title twice, heading, text, a key and two values
     assert {tag for tag in page.tags if "script" in tag or "onerror" in tag} == set()
     assert [tag for tag in page.tags if tag[0] == "img"] == [("img", "alt", "src")]
 
@@ -86,7 +87,7 @@ def test_a_download_that_fails_names_no_keys(tmp_path, monkeypatch, capsys):
         fetch(SECRET, tmp_path / "downloads")
     said = str(error.value) + capsys.readouterr().out + "".join(path.name for path in tmp_path.rglob("*"))
     assert "example.org/sets/photos.zip" in said and not any(secret in said for secret in ("pass-word", "k3y"))
-    assert error.value.__cause__ is None and error.value.__suppress_context__              # a notebook would print the cause, with the link in it
+    assert error.value.__cause__ is None and error.value.__suppress_context__   # a notebook would print the cause, with the link in it
 
 
 def test_a_set_does_not_tell_where_it_was_made_or_by_whom(tmp_path, monkeypatch):
@@ -117,7 +118,8 @@ def test_a_png_holds_what_made_it_and_no_place(tmp_path):
 def test_photos_that_were_enlarged_are_counted(tmp_path, capsys):
     write_photos(tmp_path / "photos", 10, by_class=False)                                  # 72 px
     data = prepare(tmp_path / "photos", tmp_path / "large", 96)
-    assert data.manifest["enlarged"] == 10 and "10 of 10 photos have fewer than 96 px on a side and were enlarged" in capsys.readouterr().out
+    assert data.manifest["enlarged"] == 10
+    assert "10 of 10 photos have fewer than 96 px on a side and were enlarged" in capsys.readouterr().out
     assert prepare(tmp_path / "photos", tmp_path / "small", 64).manifest["enlarged"] == 0 and "were enlarged" not in capsys.readouterr().out
     assert load_prepared(tmp_path / "large").manifest == data.manifest
 

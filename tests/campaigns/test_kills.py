@@ -17,12 +17,13 @@ pytestmark = pytest.mark.campaign
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory, campaign):
-    "Both stages, each trained once without interruption and once killed again and again: the folder, what each life was doing at its end, steps."
+    "Both stages, each trained once without interruption and once with kills: the folder, what each life was doing at its end, steps."
     folder = tmp_path_factory.mktemp("kills")
     data = prepare("synthetic", folder / "data", 32, limit=60, progress=False)
     kills = campaign.share(KILLS)
-    done = subprocess.run([sys.executable, "tests/campaigns/kills.py", data.folder, folder, str(campaign.seed), str(kills)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)})
+    command = [sys.executable, "tests/campaigns/kills.py", data.folder, folder, str(campaign.seed), str(kills)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, json.loads(done.stdout.splitlines()[-1]), STEPS_PER_KILL * kills
 
@@ -38,7 +39,8 @@ def same(a, b):
 
 def lines(folder):
     "The lines of metrics.jsonl as they stand there, without the minutes."
-    return [{name: value for name, value in json.loads(line).items() if name != "minutes"} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in record.items() if name != "minutes"} for record in records]
 
 
 PARTS = {"autoencoder": {"autoencoder", "disc", "rollbacks"}, "prior": {"denoiser", "ema", "optimizer", "scaler", "rollbacks"}}
@@ -64,7 +66,8 @@ def test_weights_averages_optimizers_scalers_codebook_and_usage_are_equal_to_the
 def test_no_line_of_metrics_is_doubled_missing_or_different(killed, stage):
     whole, other = (lines(killed[0] / f"{kind}-{stage}") for kind in ("whole", "killed"))
     trained, evaluated = ([line for line in other if ("progress" in line) == kind] for kind in (True, False))
-    assert trained == [line for line in whole if "progress" in line] and [line["step"] for line in trained] == list(range(5, killed[2] + 1, 5))
+    assert trained == [line for line in whole if "progress" in line]
+    assert [line["step"] for line in trained] == list(range(5, killed[2] + 1, 5))
     assert [line["step"] for line in evaluated] == list(range(1, killed[2] + 1)), "one evaluation for each checkpoint"
     assert evaluated[-1] == whole[-1]
 

@@ -86,7 +86,7 @@ def test_broken_images_that_come_again_and_again_end_in_a_sentence(stage, tmp_pa
 
 
 def test_a_rollback_takes_the_photos_in_another_order(stage, tmp_path, capsys):
-    "A stretch of one order is broken from the first step on: before any step was saved, training goes back to the beginning and on another way."
+    "Broken from the first step on, before any step was saved: training goes back to the beginning and takes another order."
     seen = []
     def when(step, rows):
         seen.append((step, stage.rollbacks, rows.tolist()))

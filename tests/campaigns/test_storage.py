@@ -23,8 +23,9 @@ from image_diffusion.runs import Run, append_metrics, list_checkpoints, load_che
 from image_diffusion.training import Budget, Interrupted, Stage, fit
 
 SEQUENCES, IN_THREADS = 210, 20   # of random faults: pass by pass, and with a thread in the background
-ERRORS = [OSError(errno.ENOTCONN, "Transport endpoint is not connected"), OSError(errno.EIO, "Input/output error"), OSError(errno.ENOSPC, "No space left on device"),
-          OSError(errno.ESTALE, "Stale file handle"), OSError(errno.EDQUOT, "Disk quota exceeded"), OSError(errno.EIO, "A Google Drive quota has been exceeded")]
+ERRORS = [OSError(errno.ENOTCONN, "Transport endpoint is not connected"), OSError(errno.EIO, "Input/output error"),
+          OSError(errno.ENOSPC, "No space left on device"), OSError(errno.ESTALE, "Stale file handle"),
+          OSError(errno.EDQUOT, "Disk quota exceeded"), OSError(errno.EIO, "A Google Drive quota has been exceeded")]
 
 
 class Treacherous(Drive):
@@ -193,7 +194,7 @@ class Machine:
         self.drive.settle()
 
     def vanish(self):
-        "A file that was there is gone, or only half there. (Of checkpoints one at a time, with another good one left: else nobody could help.)"
+        "A file is gone, or only half there. (Of checkpoints one at a time, with another good one left: else nobody could help.)"
         files = sorted(self.drive.cloud.keys() & self.drive.view.keys())
         good = self.drive.good(self.drive.cloud)
         if len(good) < 2 or not files: return
@@ -270,7 +271,8 @@ def test_random_faults_in_the_background(tmp_path, campaign, capsys):
         drive.settle(all_of_it=True)
         as_it_should_be(drive, run)
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Google Drive")]
-    assert told and all(("does not take files" if i % 2 == 0 else "is back") in line for i, line in enumerate(told)), "each trouble is told once, and its end"
+    assert told, "each trouble is told once, and its end"
+    assert all(("does not take files" if i % 2 == 0 else "is back") in line for i, line in enumerate(told)), told
 
 
 # A whole training in Colab
@@ -315,7 +317,8 @@ def test_a_run_on_drive_trains_on_the_machine_and_ends_on_drive(colab, tmp_path)
     run = open_run(colab / "run", {"lr": 1})
     numbers = fit(Line(), run, Budget(steps=60), save_every_minutes=0.0005)
     assert run.finished == numbers and numbers["step"] == 60
-    assert files(colab / "run") >= files(tmp_path / "machine/MyDrive/run") - {"checkpoints/step_0000000.pt", "checkpoints/step_0000000.json"}
+    first = {"checkpoints/step_0000000.pt", "checkpoints/step_0000000.json"}
+    assert files(colab / "run") >= files(tmp_path / "machine/MyDrive/run") - first
     assert load_checkpoint(run)["step"] == 60 and [r["step"] for r in read_metrics(run) if "loss" in r] == [25, 50, 60]
     assert fit(Line(), run, Budget(steps=60)) == numbers
 

@@ -132,7 +132,7 @@ def test_stopped_by_signals_it_saves_and_says_how_to_resume(prepared, tmp_path, 
             if step == steps[-1] + 2: signal.raise_signal(number)
             return train_step(stage, step, *words)
         monkeypatch.setattr(AutoencoderStage, "train_step", stopped_step)
-        result = type_in("train-autoencoder", "--data", prepared.folder, "--preset", "tiny-kl", "--run", tmp_path / "run", "--steps", 100_000)
+        result = type_in("train-autoencoder", "--data", prepared.folder, "--preset", "tiny-kl", "--run", tmp_path / "run", "--steps", 1000)
         assert result.exit_code == 1, result.output
         steps.append(saved(tmp_path / "run")[-1])
         assert f"Error: Stopped at step {steps[-1]}," in result.output and "run the same command again" in result.output
