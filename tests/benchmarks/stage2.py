@@ -49,9 +49,9 @@ class BaselineStage(DiffusionStage):
         wanted = count_parameters(UNet(recipe.model))
         nets = (Baseline((a, 16 * round(1.9 * a / 16), 16 * round(3.6 * a / 16)), latents.shape[0], max(1, len(self.classes))) for a in range(32, 161, 16))
         net = min(nets, key=lambda net: abs(count_parameters(net) - wanted))
-        self.denoiser = self.precision.place(Denoiser(net, recipe.parameterization)).train()
-        self.ema = make_ema(self.denoiser, recipe.ema_decay)
-        self.optimizer = torch.optim.AdamW(self.denoiser.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.01)
+        denoiser = self.precision.place(Denoiser(net, recipe.parameterization)).train()
+        self.prior.denoiser, self.prior.ema = denoiser, make_ema(denoiser, recipe.ema_decay)
+        self.prior.optimizer = torch.optim.AdamW(denoiser.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.01)
 
 
 VARIANTS = {   # name -> (recipe, stage)
@@ -71,7 +71,8 @@ VARIANTS = {   # name -> (recipe, stage)
 
 def as_prior(stage, recipe, step):
     "A model of a stage's EMA weights."
-    return LatentDiffusion(stage.ema.module.eval(), stage.scale, stage.autoencoder, stage.classes, stage.latents.shape, *sigma_range(recipe.noise_levels), step, stage.precision)
+    return LatentDiffusion(stage.prior.ema.module.eval(), stage.scale, stage.autoencoder, stage.classes, stage.latents.shape,
+                           *sigma_range(recipe.noise_levels), step, stage.precision)
 
 
 def measure(prior, data, samples, guidance, seed=1):
@@ -95,7 +96,7 @@ def train(name, data, latents, autoencoder, minutes, samples, guidances, out):
     stage.load_state_dict(load_checkpoint(run)["stage"])      # where the run was finished before, too
     prior = as_prior(stage, recipe, finished["step"])
     save_png(class_grid(prior)[0], out / f"{name}.png", nrow=8)
-    facts = {"name": name, "parameters": count_parameters(stage.denoiser), "minutes": minutes, "threads": torch.get_num_threads(), "steps": finished["step"],
+    facts = {"name": name, "parameters": count_parameters(stage.prior.denoiser), "minutes": minutes, "threads": torch.get_num_threads(), "steps": finished["step"],
              "images": finished["step"] * recipe.batch_size, "lr": recipe.lr, "dev_loss": finished["dev_loss"]}
     for guidance in guidances:
         print(json.dumps(facts | measure(prior, data, samples, guidance)), flush=True)

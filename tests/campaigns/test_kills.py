@@ -43,7 +43,7 @@ def lines(folder):
     return [{name: value for name, value in record.items() if name != "minutes"} for record in records]
 
 
-PARTS = {"autoencoder": {"autoencoder", "disc", "rollbacks"}, "prior": {"denoiser", "ema", "optimizer", "scaler", "rollbacks"}}
+PARTS = {"autoencoder": {"autoencoder", "disc", "rollbacks"}, "prior": {"prior", "rollbacks"}}
 stages = pytest.mark.parametrize("stage", ["autoencoder", "prior"])
 
 

@@ -60,7 +60,7 @@ def train(stage, folder, steps=STEPS, **words):
 
 def ema_of(state):
     "The EMA weights in a checkpoint."
-    return (state["stage"].get("autoencoder") or state["stage"])["ema"]
+    return (state["stage"].get("autoencoder") or state["stage"]["prior"])["ema"]
 
 
 def sound(run):

@@ -229,18 +229,18 @@ class Killed(BaseException):
 
 def test_a_killed_measurement_resumes(runs, tmp_path, monkeypatch):
     module = import_module("image_diffusion.train_diffusion")
-    draw, append, sampled, kill = DiffusionStage.draw, training.append_metrics, [], ""
+    sample_images, append, sampled, kill = module.sample_images, training.append_metrics, [], ""
 
-    def counted(self, labels, indices, *how):
+    def counted(stage, labels, indices, *how):
         sampled.extend(indices)
         if kill == "sampling" and 64 in indices: raise Killed
-        return draw(self, labels, indices, *how)
+        return sample_images(stage, labels, indices, *how)
 
     def noted(run, record):
         append(run, record)
         if kill == "noted" and "measured_samples" in record: raise Killed
 
-    monkeypatch.setattr(DiffusionStage, "draw", counted)
+    monkeypatch.setattr(module, "sample_images", counted)
     monkeypatch.setattr(DiffusionStage, "sample", lambda self, path: None)          # no pictures: they take longer than the rest
     monkeypatch.setattr(training, "append_metrics", noted)
     monkeypatch.setattr(module, "SampleMetrics", partial(module.SampleMetrics, steps=2, batch_size=8))

@@ -59,7 +59,7 @@ def diffusion_stage(data, precision):
 @pytest.mark.parametrize("make", [autoencoder_stage, diffusion_stage])
 def test_a_step_in_half_precision_moves_finite_weights(prepared, make, dtype):
     stage = make(prepared, Precision("cpu", dtype))
-    networks = [stage.autoencoder.model, stage.disc.net] if make == autoencoder_stage else [stage.denoiser]
+    networks = [stage.autoencoder.model, stage.disc.net] if make == autoencoder_stage else [stage.prior.denoiser]
     before = [[p.detach().clone() for p in network.parameters()] for network in networks]
     for step in range(12):                       # a new scaler may skip some steps until its scale fits
         metrics = stage.train_step(step, 0.9)    # so late that the discriminator takes part

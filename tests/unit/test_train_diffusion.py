@@ -62,16 +62,16 @@ def test_every_combination_trains_or_is_refused(stage_of, parameterization):
             continue
         for weighting in LOSS_WEIGHTS:
             stage = stage_of(parameterization=parameterization, noise_levels=noise_levels, weighting=weighting)
-            before = stage.denoiser.net.conv_in.weight.detach().clone()
+            before = stage.prior.denoiser.net.conv_in.weight.detach().clone()
             numbers = [stage.train_step(step, 0.5) for step in range(2)]           # the first moves the zero-initialized end only
             assert not any(n["skipped"] for n in numbers) and all(np.isfinite(float(n["loss"])) for n in numbers), (noise_levels, weighting)
-            assert not torch.equal(before, stage.denoiser.net.conv_in.weight), (noise_levels, weighting)
+            assert not torch.equal(before, stage.prior.denoiser.net.conv_in.weight), (noise_levels, weighting)
 
 
 def test_dev_loss_is_one_measure_for_all_recipes(stage_of):
     "The same function of the same network, whatever it was trained with."
     one, other = (stage_of(noise_levels=levels, weighting=weighting) for levels, weighting in (("cosine", "min_snr"), ("flow", "uniform")))
-    other.ema.load_state_dict(one.ema.state_dict())
+    other.prior.ema.load_state_dict(one.prior.ema.state_dict())
     assert one.evaluate() == other.evaluate()
 
 
@@ -94,7 +94,7 @@ def test_fp16_with_a_scaler_on_the_cpu(stage_of):
     stage = stage_of()
     half = DiffusionStage(stage.latents, stage.recipe, stage.autoencoder, stage.classes, Precision("cpu", torch.float16))
     numbers = [half.train_step(step, 0.1) for step in range(6)]
-    assert half.scaler.is_enabled() and not numbers[-1]["skipped"] and torch.isfinite(half.denoiser.net.conv_in.weight).all()
+    assert half.prior.scaler.is_enabled() and not numbers[-1]["skipped"] and torch.isfinite(half.prior.denoiser.net.conv_in.weight).all()
 
 
 def test_sampling_refuses_what_cannot_be(prior, home, data):
