@@ -369,3 +369,7 @@ def figure(name, folders, out, data, seed):
     samplers       distance to dev photos by sampler and network evaluations; takes --data, and an hour on a CPU"""
     from image_diffusion.report import make_figure
     click.echo(f"Figure: {make_figure(name, folders, out, data, seed)}")
+
+# %% ../nbs/90_cli.ipynb #f4428138
+if __name__ == "__main__" and "__file__" in globals():   # `python -m image_diffusion.cli`, and not the notebook
+    main(prog_name="python -m image_diffusion")

@@ -7,8 +7,9 @@ __all__ = ['MAGIC', 'SUFFIXES', 'TIMEOUT', 'RETRY', 'CHUNK', 'HEADERS', 'YANDEX_
            'DRIVE_NO_FILE', 'SYNTHETIC', 'SOURCES', 'LHQ_URL', 'HUGGINGFACE_BYTES', 'sniff_archive', 'archive_kind',
            'TransientError', 'Remote', 'Download', 'check_status', 'check_is_archive', 'content_range', 'receive',
            'append', 'describe_error', 'next_retry', 'check_sha256', 'download', 'finish_download', 'resolve_yandex',
-           'drive_id', 'resolve_drive', 'drive_file_url', 'is_web', 'redact_link', 'local_name', 'resolve_link',
-           'fetch_link', 'fetch_lhq', 'reported', 'fetch_lhq_kaggle', 'fetch_lhq_huggingface', 'fetch_local', 'fetch']
+           'drive_id', 'resource_key', 'resolve_drive', 'drive_file_url', 'is_web', 'redact_link', 'local_name',
+           'resolve_link', 'fetch_link', 'fetch_lhq', 'reported', 'fetch_lhq_kaggle', 'fetch_lhq_huggingface',
+           'fetch_local', 'fetch']
 
 # %% ../nbs/11_download.ipynb #4b6029e7
 import hashlib
@@ -280,14 +281,22 @@ def drive_id(source: str) -> "str | None":
     return found[1]
 
 
-def resolve_drive(session, file_id: str) -> Remote:
-    "The file behind an id of Google Drive, past the pages that come before it."
-    url = f"{DRIVE_URL}?id={file_id}"
+def resource_key(link: str) -> str:
+    "What a share link of Google Drive from before September 2021 adds to each request, as `&resourcekey=...`; else empty."
+    found = re.search(r"[?&]resourcekey=([-\w]+)", link, re.I)
+    return f"&resourcekey={found[1]}" if found else ""
+
+
+def resolve_drive(session, link: str) -> Remote:
+    "The file behind a share link or an id of Google Drive, past the pages that come before it."
+    file_id, key = drive_id(link), resource_key(link)
+    url = f"{DRIVE_URL}?id={file_id}{key}"
     for _ in range(3):
         with session.get(url, stream=True, timeout=TIMEOUT) as answer:
             if answer.ok and "text/html" not in answer.headers.get("Content-Type", ""):
                 return Remote(url)
             url = drive_file_url(answer, file_id)
+            url += "" if key.lower() in url.lower() else key
     raise TransientError("Google Drive shows page after page instead of the file")
 
 
@@ -298,8 +307,8 @@ def drive_file_url(page, file_id: str) -> str:
     if re.search("too many users|quota exceeded", page.text, re.I):
         raise UserError(f"Google Drive does not give out '{file_id}' for now, as too many people fetched it lately; make a copy "
                         "in your own Drive, mount Drive and give the path of the copy, or try again tomorrow.")
-    refused = UserError(f"Google Drive has no file '{file_id}' that is open to everyone; share it as 'Anyone with the link', or "
-                        "mount Drive and give its path.")
+    refused = UserError(f"Google Drive has no file '{file_id}' that is open to everyone; share it as 'Anyone with the link', give the "
+                        "whole link (older ones need the resourcekey in it), or mount Drive and give its path.")
     if page.status_code in (401, 403, 404):
         raise refused
     check_status(page, file_id)
@@ -335,8 +344,7 @@ def resolve_link(session, link: str) -> Remote:
     "The file behind any link."
     if re.fullmatch(YANDEX_LINK, link):
         return resolve_yandex(session, link)
-    file_id = drive_id(link)
-    return resolve_drive(session, file_id) if file_id else Remote(link)
+    return resolve_drive(session, link) if drive_id(link) else Remote(link)
 
 
 def fetch_link(

@@ -39,6 +39,14 @@ def test_the_command_is_installed():
     assert python("import image_diffusion; print(image_diffusion.__version__)") in answer
 
 
+@pytest.mark.parametrize("module", ["image_diffusion", "image_diffusion.cli"])
+def test_python_m_is_the_command(module):
+    def done(*words): return subprocess.run([sys.executable, "-m", module, *words], capture_output=True, text=True)
+    assert done("--help").stdout.startswith("Usage: python -m image_diffusion ")
+    wrong = done("run", "no-such-file.zip")
+    assert wrong.returncode == 1 and wrong.stderr.startswith("Error: 'no-such-file.zip' was not found")
+
+
 def test_help_takes_less_than_a_second():
     def seconds():
         start = time.perf_counter()

@@ -658,6 +658,20 @@ def test_a_small_file_on_drive_that_breaks_off(drive, get):
     assert get(ID).read_bytes() == BODY and [r.first for r in drive.asked if r.first] == [HALF]
 
 
+@pytest.mark.parametrize("link", ["https://drive.google.com/file/d/{}/view?usp=sharing&resourcekey=0-aBc_D-9", "https://drive.google.com/uc?id={}&resourcekey=0-aBc_D-9",
+                                  "https://drive.google.com/open?resourceKey=0-aBc_D-9&id={}"])
+def test_the_resourcekey_of_an_older_link_goes_along_in_every_request(drive, get, link):
+    warning = page(FORM.format(action=drive.url + "/download", id=ID, uuid="1"))
+
+    def with_key(served):
+        return lambda request: (served if request.query.get("resourcekey") == "0-aBc_D-9" else status(404))(request)
+    drive.serve("/uc", with_key(warning))
+    drive.serve("/download", with_key(Served(BODY, None, HALF)))
+    assert get(link.format(ID)).read_bytes() == BODY
+    assert {request.query.get("resourcekey") for request in drive.asked} == {"0-aBc_D-9"}
+    refused([ID, "whole link", "resourcekey"], get, ID.replace("0123", "4567"))
+
+
 @pytest.mark.parametrize("code", [200, 403, 429])
 @pytest.mark.parametrize("after_the_warning", [False, True])
 def test_a_drive_file_that_too_many_fetched(drive, get, tmp_path, code, after_the_warning):
