@@ -127,11 +127,17 @@ def lock(
     path: Path,  # a file or folder; it need not exist
     busy: str,   # the sentence of the error
 ):
-    "Hold a path for this process; UserError with the sentence `busy` if another process on this machine holds it."
-    name = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:16]
+    "Hold a path for this process; UserError with the sentence `busy` if another process holds it."
+    path = Path(path).resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.with_name(f".{path.name}.lock")
     try:
-        with FileLock(Path(tempfile.gettempdir(), f"image_diffusion-{name}.lock"), timeout=0):
-            yield
+        with FileLock(file, timeout=0):
+            try:
+                yield
+            finally:
+                with suppress(OSError):                         # Windows deletes no file that is open
+                    file.unlink()
     except Timeout:
         raise UserError(busy) from None
 

@@ -422,10 +422,9 @@ def test_a_run_deleted_on_drive_starts_anew_and_what_the_machine_had_is_moved_as
 
 # Two processes
 
-HOLDS = """import sys, tempfile, time
+HOLDS = """import sys, time
 from pathlib import Path
 from image_diffusion.files import lock
-tempfile.tempdir = sys.argv[2]
 with lock(Path(sys.argv[1]), "busy"):
     print("held", flush=True)
     time.sleep(60)"""
@@ -433,7 +432,7 @@ with lock(Path(sys.argv[1]), "busy"):
 
 def test_two_processes_in_one_run_folder_are_kept_apart_and_kill_9_frees_it(tmp_path):
     run = Run.open(tmp_path / "run", {})
-    other = start([sys.executable, "-c", HOLDS, run.folder, tempfile.gettempdir()], cwd=ROOT)
+    other = start([sys.executable, "-c", HOLDS, run.folder], cwd=ROOT)
     assert other.stdout.readline() == "held\n"
     with pytest.raises(UserError, match="Another process trains in"):
         fit(Line(), run, Budget(steps=5))

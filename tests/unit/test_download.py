@@ -193,7 +193,7 @@ def refused(says, call, *words, **options):
 
 def parts(folder):
     "What lies in a folder, by name without the first 9 letters."
-    return sorted(path.name[9:] for path in Path(folder).glob("downloads/*"))
+    return sorted(path.name[9:] for path in Path(folder).glob("downloads/[!.]*"))   # a killed process leaves its lock file
 
 
 # What is here already
