@@ -37,11 +37,11 @@ def bias_curves(
     baseline: FeatureStats,   # of as many train photos
     reference: FeatureStats,  # of dev photos
 ) -> dict:
-    "The distance over the number of samples and of train photos; and at infinity, if even the smallest part is larger than a vector is long."
+    "The distance over the number of samples and of train photos; and at infinity, where both have enough images for a straight line."
     curves = {prefix: bias_curve(s.features, reference) for prefix, s in (("", stats), ("baseline_", baseline))}
     result = {f"{prefix}curve": curve for prefix, curve in curves.items()}
-    if min(curve[0]["n"] for curve in curves.values()) > stats.dim:                              # below, the curve is not a straight line
-        result |= {f"{prefix}at_infinity": extrapolate_to_infinity(curve)[0] for prefix, curve in curves.items()}
+    if min(curve[0]["n"] for curve in curves.values()) > stats.dim:
+        result |= {f"{prefix}at_infinity": extrapolate_to_infinity(curve) for prefix, curve in curves.items()}
     return result
 
 
@@ -56,8 +56,8 @@ def kid_prdc_records(
     values, baselines = (prdc(s.features, reference.features) for s in (stats, baseline))
     records = [{"name": features.kernel_name, "value": value, "error": error, "baseline": baseline_value, "baseline_error": baseline_error}]
     records += [{"name": f"{name}, {features.name}", "value": values[name], "baseline": baselines[name]} for name in values]
-    facts = {"n": stats.num_images, "n_baseline": baseline.num_images, "n_reference": reference.num_images, "dim": features.dim, "features": features.detail}
-    return [record | facts for record in records]
+    counts = {"n": stats.num_images, "n_baseline": baseline.num_images, "n_reference": reference.num_images}
+    return [record | counts | {"dim": features.dim, "features": features.detail} for record in records]
 
 # %% ../nbs/71_evaluate.ipynb #bf383ac7
 def distance_records(
@@ -96,12 +96,14 @@ def class_accuracy(
     features: Features,     # of the vectors
 ) -> dict:
     "The fraction of samples whose nearest class mean is that of their class; the baseline is the accuracy on dev photos."
-    train, dev = (F.normalize(photo_stats(data, split, features, count).features, dim=1) for split, count in (("train", CLASS_PHOTOS), ("dev", None)))     # (N,D)
+    train, dev = photo_stats(data, "train", features, CLASS_PHOTOS).features, photo_stats(data, "dev", features).features     # (N,D)
     train_labels, dev_labels = labels_of(model, data, data.train[:CLASS_PHOTOS]).cpu(), labels_of(model, data, data.dev).cpu()
-    classes = train_labels[train_labels >= 0].unique()                                           # (K,) a class without photos has no mean
-    means = torch.stack([train[train_labels == label].mean(0) for label in classes])             # (K,D)
-    accuracy = lambda vectors, labels: (classes[torch.cdist(vectors, means).argmin(1)] == labels)[labels >= 0].float().mean().item()
-    return {"name": "class accuracy", "value": accuracy(F.normalize(vectors, dim=1), labels), "baseline": accuracy(dev, dev_labels),
+    classes = train_labels[train_labels >= 0].unique()                                            # (K,) those with photos
+    means = torch.stack([F.normalize(train[train_labels == label], dim=1).mean(0) for label in classes])       # (K,D)
+    def accuracy(vectors, labels):
+        nearest = classes[torch.cdist(F.normalize(vectors, dim=1), means).argmin(1)]              # (N,)
+        return (nearest == labels)[labels >= 0].float().mean().item()
+    return {"name": "class accuracy", "value": accuracy(vectors, labels), "baseline": accuracy(dev, dev_labels),
             "n": len(vectors), "features": features.detail}
 
 
@@ -120,14 +122,16 @@ def evaluate_diffusion(
 ) -> list:
     "Records of samples compared with the dev photos, see `distance_records` and `class_accuracy`. UserError for too few."
     check_num_images(count, len(data.dev), allow_small_n)
-    labels, networks = labels_of(model, data, np.random.default_rng(seed).choice(data.train, count)), available_features(model.precision.device)
+    labels = labels_of(model, data, np.random.default_rng(seed).choice(data.train, count))        # (count,)
+    networks = available_features(model.precision.device)
     provenance = {"of": "samples", "reference": "dev", "seed": seed, "sampler": sampler, "steps": steps,
                   "guidance": model.guidance if guidance is None else guidance, "training_steps": model.step}
-    sample = lambda indices: generate(model, labels[indices.start:indices.stop], seed, indices.start, guidance, steps=steps, sampler=sampler)
+    def sample(indices):
+        return generate(model, labels[indices.start:indices.stop], seed, indices.start, guidance, steps=steps, sampler=sampler)
     collected = collect_samples(sample, count, networks, vectors, {"key": key} | provenance, progress=True)
     records = distance_records(collected, networks, data, samples=True, curves=curves, **provenance)
     if model.classes:
-        features = networks[-2:][0]                                                              # Lite0 where there is one: a classifier of objects
+        features = networks[-2:][0]                                                               # Lite0, where it is installed
         records.append(class_accuracy(collected[features.name].features, labels.cpu(), model, data, features) | provenance)
     return records
 
@@ -175,13 +179,8 @@ def decode_latents(
                           for part in tqdm(z.split(64), desc="decode", unit="batch", mininterval=1.0)]).numpy()
 
 
-def reconstruct(
-    autoencoder: Autoencoder,
-    data: ImageDataset,
-    rows,  # of the data
-    precision: Precision,
-) -> np.ndarray:  # uint8 (N,H,W,3)
-    "Reconstructions of photos from the means of their latents."
+def reconstruct(autoencoder: Autoencoder, data: ImageDataset, rows, precision: Precision) -> np.ndarray:
+    "Reconstructions of photos, rows of the data, from the means of their latents; uint8 (N,H,W,3)."
     return decode_latents(autoencoder, encode_photos(autoencoder, data, rows, precision)[0], precision)
 
 # %% ../nbs/71_evaluate.ipynb #9de740e9
@@ -205,9 +204,12 @@ def reconstruction_records(
             x, x_rec = load_batch(data.images, rows[start:start + 64]), from_bytes(images[start:start + 64])
             for metric, function in metrics.items():
                 values.setdefault(metric, []).append(function(x, x_rec))
-    values = {metric: torch.cat(parts) for metric, parts in values.items()}                      # (N,) each
-    records = [{"name": metric, "value": v.mean().item(), "error": v.std().item() / len(v)**0.5, "n": len(v)} for metric, v in values.items()]
-    return records if name == "LPIPS" else [*records, {"name": "LPIPS", "value": None, "reason": f"LPIPS: not computed, because {VGG16.missing()}."}]
+    values = {metric: torch.cat(parts) for metric, parts in values.items()}                       # (N,) each
+    records = [{"name": metric, "value": v.mean().item(), "error": v.std().item() / len(v)**0.5, "n": len(v)}
+               for metric, v in values.items()]
+    if name != "LPIPS":
+        records.append({"name": "LPIPS", "value": None, "reason": f"LPIPS: not computed, because {VGG16.missing()}."})
+    return records
 
 
 def evaluate_autoencoder(
@@ -218,25 +220,25 @@ def evaluate_autoencoder(
     allow_small_n: bool = False,  # allow fewer than `MIN_IMAGES`
     images: np.ndarray = None,    # their reconstructions, if they were computed before
 ) -> list:
-    "Records of reconstructions of dev photos: PSNR, SSIM, LPIPS, codebook use at the end of training, and `distance_records`. UserError for too few."
-    run, rows, networks = Run.load(autoencoder.folder), data.dev[:count], available_features(precision.device)
+    "Records of reconstructions of dev photos: PSNR, SSIM, LPIPS, codebook use (of the last evaluation in training), `distance_records`."
+    run, rows = Run.load(autoencoder.folder), data.dev[:count]
     check_num_images(len(rows), len(rows), allow_small_n)
     images = reconstruct(autoencoder, data, rows, precision) if images is None else images
     provenance = {"of": f"reconstructions {kind_of_run(run.config)}", "reference": "dev", "seed": run.config["recipe"]["seed"],
                   "training_steps": run.finished["step"], "perceptual_loss": autoencoder.perceptual_loss}
-    codes = [{"name": name, "value": run.finished[key], "n": run.finished["dev_images"]} for key, name in CODEBOOK_METRICS.items() if key in run.finished]
+    records = reconstruction_records(images, data, rows, precision.device)
+    records += [{"name": name, "value": run.finished[key], "n": run.finished["dev_images"]}
+                for key, name in CODEBOOK_METRICS.items() if key in run.finished]
+    networks = available_features(precision.device)
     collected = {features.name: collect_stats(images, features, keep=True) for features in networks}
-    return [record | provenance for record in reconstruction_records(images, data, rows, precision.device) + codes] \
-        + distance_records(collected, networks, data, len(rows), "r", **provenance)
+    return [record | provenance for record in records] + distance_records(collected, networks, data, len(rows), "r", **provenance)
 
 # %% ../nbs/71_evaluate.ipynb #bc965985
 NUM_ORIGINALS = 192   # photos in the reference of the baseline
 
 
-def to_bytes_truncated(
-    x: torch.Tensor,  # (B,3,H,W) in [-1,1]
-) -> torch.Tensor:    # uint8 (B,H,W,3)
-    "Floats to bytes as the baseline did it: truncated, not rounded."
+def to_bytes_truncated(x: torch.Tensor) -> torch.Tensor:
+    "Floats (B,3,H,W) in [-1,1] to bytes (B,H,W,3) as the baseline did it: truncated, not rounded."
     return ((x.float().clamp(-1, 1) + 1) / 2 * 255).byte().permute(0, 2, 3, 1)
 
 
@@ -245,18 +247,21 @@ def evaluate_192_images(
     data: ImageDataset,
     precision: Precision = Precision(),
 ) -> list:
-    "Records of the baseline's reconstruction FID: all dev photos against the first 192; `baseline` is the distance of perfect reconstructions."
+    "Records of that project's reconstruction FID, of all dev photos against the first 192; `baseline` is that of perfect reconstructions."
     mean, logvar = encode_photos(autoencoder, data, data.dev, precision)
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
     images = decode_latents(autoencoder, mean if logvar is None else mean + torch.exp(logvar / 2) * noise, precision, to_bytes_truncated)
     originals = np.concatenate([to_bytes_truncated(from_bytes(batch)).numpy() for batch in in_batches(data.images, data.dev)])
-    provenance = {"of": f"reconstructions {kind_of_run(Run.load(autoencoder.folder).config)}", "reference": f"the first {NUM_ORIGINALS} of dev",
-                  "protocol": "192-images", "seed": 0}
-    records = [{"name": "rFID", "value": None, "reason": f"r{reason}"}] if (reason := fid_missing_reason()) else []
-    for features in reversed(available_features(precision.device, "legacy")):
+    provenance = {"of": f"reconstructions {kind_of_run(Run.load(autoencoder.folder).config)}",
+                  "reference": f"the first {NUM_ORIGINALS} of dev", "protocol": "192-images", "seed": 0}
+    records = []
+    for features in available_features(precision.device, "legacy"):
         reference, perfect = collect_stats(originals[:NUM_ORIGINALS], features), collect_stats(originals, features)
         record = distance_record(features, collect_stats(images, features), reference)
-        records.insert(0, record | {"name": f"r{features.name}", "baseline": frechet_distance(perfect, reference), "n_baseline": len(originals)})
+        baseline = {"baseline": frechet_distance(perfect, reference), "n_baseline": len(originals)}
+        records.append(record | {"name": f"r{features.name}"} | baseline)
+    if reason := fid_missing_reason():
+        records.append({"name": "rFID", "value": None, "reason": f"r{reason}"})
     return [record | provenance for record in records]
 
 # %% ../nbs/71_evaluate.ipynb #178fde90
@@ -270,7 +275,7 @@ def decode_interpolated(
     "Images of latents between those of photos and their nearest neighbors."
     z = encode_photos(autoencoder, data, rows, precision)[0]                                     # (N,C,h,w)
     flat = ((z - z.mean((0, 2, 3), keepdim=True)) / z.std((0, 2, 3), keepdim=True)).flatten(1)   # (N,C*h*w), every channel counts alike
-    nearest = torch.cat([torch.cdist(part, flat).topk(2, largest=False).indices[:, 1] for part in flat.split(1024)])      # (N,), the first is itself
+    nearest = torch.cat([torch.cdist(part, flat).topk(2, largest=False).indices[:, 1] for part in flat.split(1024)])   # (N,), not itself
     return decode_latents(autoencoder, torch.lerp(z, z[nearest], weight), precision)
 
 
@@ -282,11 +287,11 @@ def interpolated_fid(
     weight: float = 0.5,        # of the neighbor; 0 gives the rFID of the same photos
     features: Features = None,  # None: the best available
 ) -> dict:                      # a record
-    "Interpolated-latent FID (Xu et al. 2026): the distance of photos to images decoded between their latents. For comparing autoencoders on the same photos."
-    features, rows = features or available_features(precision.device)[0], data.train[:count]
-    stats = collect_stats(decode_interpolated(autoencoder, data, rows, precision, weight), features)
-    record = distance_record(features, stats, photo_stats(data, "train", features, count), of="interpolated latents", reference="train", weight=weight)
-    return record | {"name": f"i{features.name}"}
+    "Interpolated-latent FID (Xu et al. 2026): the distance of photos to images decoded between their latents."
+    features = features or available_features(precision.device)[0]
+    stats = collect_stats(decode_interpolated(autoencoder, data, data.train[:count], precision, weight), features)
+    provenance = {"of": "interpolated latents", "reference": "train", "weight": weight}
+    return distance_record(features, stats, photo_stats(data, "train", features, count), **provenance) | {"name": f"i{features.name}"}
 
 # %% ../nbs/71_evaluate.ipynb #be82166f
 def evaluation_context(
@@ -313,31 +318,30 @@ def evaluate_run(
     ema: float = None,           # see `LatentDiffusion.from_pretrained`
     **sampling,                  # seed, guidance, steps, sampler of `evaluate_diffusion`
 ) -> tuple:                      # (path of the JSON file, its content)
-    "Evaluate a run into `evaluation/….json` and `.png` in its folder; the same call again returns what is there. UserError for another run, or too few images."
+    "Evaluate a run into `evaluation/….json` and `.png` in its folder; the same call again returns what is there."
     precision, kind = Precision.pick(), kind_of_run(Run.load(folder).config)
-    if kind is None or (protocol == "192-images" and kind == "prior"):
-        raise UserError(f"{folder} is not the run of {'one training' if kind is None else 'an autoencoder, and the protocol 192-images is one of reconstructions'}: give another --run.")
-    count, settings = count or (2048 if kind == "prior" else len(data.dev)), {"protocol": protocol, "allow_small_n": allow_small_n}
+    if kind is None:
+        raise UserError(f"{folder} is not the run of one training: give another --run.")
+    if kind == "prior" and protocol == "192-images":
+        raise UserError(f"{folder} is the run of a prior, and the protocol 192-images needs that of an autoencoder: give another --run.")
     model = LatentDiffusion.from_pretrained(folder, autoencoder, precision, ema) if kind == "prior" else load_autoencoder(folder)
-    context = evaluation_context(model, data, precision, count=count, **settings, **({"ema": ema} | sampling if kind == "prior" else {}))
-    path = model.folder / "evaluation" / f"{protocol}-n{count}-{key_digest(context)}.json"
-    if path.exists():
-        return path, read_json(path)
-    figure = None
-    if protocol == "192-images":
-        records = evaluate_192_images(model, data, precision)
-    elif kind == "prior":
-        vectors = path.with_suffix(".npz")
-        records = evaluate_diffusion(model, data, count, allow_small_n=allow_small_n, curves=True, vectors=vectors, key=context, **sampling)
-        figure = plot_evaluation(records)
-        vectors.unlink(missing_ok=True)
-    else:
-        check_num_images(count, count, allow_small_n)
-        images = reconstruct(model, data, data.dev[:count], precision)
-        records, figure = evaluate_autoencoder(model, data, precision, count, allow_small_n, images), show_worst_to_best(images, data, data.dev[:count])
-    if figure is not None:
-        save_figure(figure, path.with_suffix(".png"))
-    write_json(path, context | {"records": records})
+    settings = {"count": count or (2048 if kind == "prior" else len(data.dev)), "allow_small_n": allow_small_n}
+    settings |= sampling if kind == "prior" else {}
+    context = evaluation_context(model, data, precision, protocol=protocol, ema=ema, **settings)
+    path = model.folder / "evaluation" / f"{protocol}-n{settings['count']}-{key_digest(context)}.json"
+    if not path.exists():
+        if kind == "prior":
+            records = evaluate_diffusion(model, data, **settings, curves=True, vectors=path.with_suffix(".npz"), key=context)
+            save_figure(plot_evaluation(records), path.with_suffix(".png"))
+            path.with_suffix(".npz").unlink(missing_ok=True)
+        elif protocol == "192-images":
+            records = evaluate_192_images(model, data, precision)
+        else:
+            check_num_images(settings["count"], settings["count"], allow_small_n)
+            images = reconstruct(model, data, data.dev[:count], precision)
+            records = evaluate_autoencoder(model, data, precision, count, allow_small_n, images)
+            save_figure(show_worst_to_best(images, data, data.dev[:count]), path.with_suffix(".png"))
+        write_json(path, context | {"records": records})
     return path, read_json(path)
 
 # %% ../nbs/71_evaluate.ipynb #3d7220f0
@@ -362,7 +366,8 @@ def draw_bias_curves(
     for name, prefix in (("samples", ""), ("real train photos", "baseline_")):
         curve = record[f"{prefix}curve"]
         last = curve[-1]
-        line, = ax.plot([1 / point["n"] for point in curve], [point["distance"] for point in curve], "o-", label=f"{name}, n = {last['n']}: {last['distance']:.4g}")
+        line, = ax.plot([1 / point["n"] for point in curve], [point["distance"] for point in curve], "o-",
+                        label=f"{name}, n = {last['n']}: {last['distance']:.4g}")
         if (end := record.get(f"{prefix}at_infinity")) is not None:
             ax.plot([0, 1 / last["n"]], [end, last["distance"]], "--", color=line.get_color(), label=f"at infinity: {end:.4g}")
     ax.set(xlabel="1 / number of images", ylabel=f"{record['name']} to {record['n_reference']} dev photos",
@@ -392,16 +397,16 @@ def plot_evaluation(
 def evaluation_table(
     records: list,
 ) -> str:
-    "Records as a table of text: value with standard error, real-vs-real baseline, counts, features; then what could not be computed, and why."
+    "Records as a table of text with errors and baselines, followed by the reasons for what could not be computed."
     rows = [("metric", "of", "value", "real vs real", "n", "against", "features")]
-    number = lambda record, key: "" if record.get(key) is None else f"{record[key]:.4g}"
-    error = lambda record, key: f" ± {record[key]:.1g}" if key in record else ""
+    def number(record, key, error):
+        return f"{record[key]:.4g}" + (f" ± {record[error]:.1g}" if error in record else "") if key in record else ""
     for record in (record for record in records if record["value"] is not None):
-        rows.append((record["name"], record["of"], number(record, "value") + error(record, "error"), number(record, "baseline") + error(record, "baseline_error"),
+        rows.append((record["name"], record["of"], number(record, "value", "error"), number(record, "baseline", "baseline_error"),
                      str(record.get("n", "")), str(record.get("n_reference", "")), record.get("features", "")))
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     lines += [record["reason"] for record in records if record["value"] is None]
     if any(record.get("biased") for record in records):
-        lines.append(f"A Fréchet distance of fewer than {MIN_IMAGES} images is mostly bias: compare it only with its real-vs-real baseline.")
+        lines.append(f"A Fréchet distance of fewer than {MIN_IMAGES} images is mostly bias: compare it with its real-vs-real baseline.")
     return "\n".join(lines)

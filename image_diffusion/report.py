@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['STYLE', 'PANELS', 'ORIGINALS', 'FIRST_ORIGINAL', 'AUTOENCODER_FIGURES', 'DIFFUSION_FIGURES', 'EVALUATIONS', 'FIGURES',
            'Section', 'write_report', 'show_reconstructions', 'decode_codes', 'count_codes', 'draw_codebook',
-           'show_codebook', 'plans', 'panels_png', 'curve_section', 'diagnostics_section', 'progress_section',
-           'metric_rows', 'build_report', 'originals', 'load_all', 'show_denoising', 'show_classes', 'show_panorama',
-           'sampler_distances', 'plot_samplers', 'diffusion_figure', 'make_figure']
+           'with_codebook', 'show_codebook', 'plans', 'panels_png', 'curve_section', 'diagnostics_section',
+           'progress_section', 'metric_row', 'build_report', 'originals', 'load_all', 'codebook_figure',
+           'show_denoising', 'show_classes', 'show_panorama', 'sampler_distances', 'plot_samplers', 'diffusion_figure',
+           'make_figure']
 
 # %% ../nbs/72_report.ipynb #682ef0b1
 import base64
@@ -56,7 +57,8 @@ class Section:
         "The section as HTML, with its images embedded."
         parts = [f"<h2>{html.escape(self.heading)}</h2>"]
         parts += [f"<p>{html.escape(self.text)}</p>"] if self.text else []
-        parts += [f'<p><img alt="{html.escape(self.heading)}" src="data:image/png;base64,{base64.b64encode(png).decode()}"></p>' for png in self.images]
+        parts += [f'<p><img alt="{html.escape(self.heading)}" src="data:image/png;base64,{base64.b64encode(png).decode()}"></p>'
+                  for png in self.images]
         if self.table:
             row = lambda tag, cells: "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
             parts.append(f"<table>{row('th', self.table[0])}{''.join(row('td', record.values()) for record in self.table)}</table>")
@@ -92,7 +94,7 @@ def show_reconstructions(
 def decode_codes(
     autoencoder: Autoencoder,  # with a codebook
     codes: torch.Tensor,       # (N,) indices of codes, on its device
-    side: int = 4,             # of the decoded patch, in latent positions; larger ones, which no photo contains, look less like the code in use
+    side: int = 4,             # of the decoded patch, in latent positions; no photo contains larger ones
 ) -> torch.Tensor:             # (N,3,2f,2f) on the CPU
     "What each code looks like: the center of a decoded patch that holds nothing else."
     edge, tiles = (side // 2 - 1) * autoencoder.factor, []
@@ -139,6 +141,11 @@ def draw_codebook(
     axes[1].legend(frameon=False)
 
 
+def with_codebook(autoencoders: dict) -> dict:
+    "Those of the autoencoders, by name, that have a codebook."
+    return {name: autoencoder for name, autoencoder in autoencoders.items() if hasattr(autoencoder.bottleneck, "codebook_size")}
+
+
 def show_codebook(
     autoencoders: dict,  # name -> Autoencoder with a codebook, in eval mode
     images,              # uint8 (N,H,W,3) whose codes are counted
@@ -170,47 +177,37 @@ def panels_png(
     return figure_png(plot_runs({"": records}, panels, smooth=0.6))
 
 
-def curve_section(
-    folder: Path,  # run folder of either stage
-) -> Section:
-    "The training curves of a run."
+def curve_section(folder: Path) -> Section:
+    "The training curves of a run of either stage."
     run = Run.load(folder)
     records = read_metrics(run)
     return Section(f"Training of {run.folder.name}", f"{records[-1]['step']} steps in {run.finished['minutes']:.1f} minutes.",
                    (panels_png(records, PANELS[run.config["stage"]]),))
 
 
-def diagnostics_section(
-    folder: Path,  # run folder of an autoencoder
-) -> Section:
-    "The problems found in a run, and the metrics behind them."
+def diagnostics_section(folder: Path) -> Section:
+    "The problems found in the run of an autoencoder, and the metrics behind them."
     run = Run.load(folder)
     records = read_metrics(run)
-    return Section(f"Diagnostics of {run.folder.name}", " ".join(diagnose(records) or [NO_PROBLEMS]), (panels_png(records, DIAGNOSTIC_PANELS),))
+    problems = " ".join(diagnose(records) or [NO_PROBLEMS])
+    return Section(f"Diagnostics of {run.folder.name}", problems, (panels_png(records, DIAGNOSTIC_PANELS),))
 
 
-def progress_section(
-    folder: Path,    # run folder of stage 2
-    count: int = 4,  # images shown
-) -> Section:
-    "Samples during training, always from the same noise."
+def progress_section(folder: Path) -> Section:
+    "Four grids of samples from a training of stage 2, all from the same noise."
     images = sorted((Path(folder) / "samples").glob("step_*.png"))
-    chosen = [images[i] for i in np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int)]
+    chosen = [images[i] for i in np.linspace(0, len(images) - 1, min(4, len(images))).round().astype(int)]
     steps = ", ".join(str(int(path.stem[5:])) for path in chosen)
     return Section("Samples during training", f"The same noise after {steps} steps.", tuple(path.read_bytes() for path in chosen))
 
 # %% ../nbs/72_report.ipynb #5f8861a2
-def metric_rows(
-    records: list,  # from `evaluate_autoencoder` and `evaluate_diffusion`
-) -> list:
-    "Rows of a table: name, what it is of, value, standard error, real-vs-real baseline, and everything else as provenance."
-    number = lambda record, key, digits: "" if record.get(key) is None else f"{record[key]:.{digits}g}"
-    rows = []
-    for record in records:
-        rest = {key: value for key, value in record.items() if key not in ("name", "of", "value", "error", "baseline") and value is not None and not isinstance(value, list)}
-        rows.append({"metric": record["name"], "of": record["of"], "value": number(record, "value", 4) or "not computed", "standard error": number(record, "error", 2),
-                     "real-vs-real baseline": number(record, "baseline", 4), "provenance": ", ".join(f"{key}: {value}" for key, value in rest.items())})
-    return rows
+def metric_row(record: dict) -> dict:
+    "A table row of a record of `evaluate`: the numbers, and everything else as provenance."
+    shown = ("name", "of", "value", "error", "baseline")
+    value, error, baseline = ("" if record.get(key) is None else f"{record[key]:.4g}" for key in shown[2:])
+    rest = [f"{key}: {fact}" for key, fact in record.items() if key not in shown and fact is not None and not isinstance(fact, list)]
+    return {"metric": record["name"], "of": record["of"], "value": value or "not computed", "standard error": error,
+            "real-vs-real baseline": baseline, "provenance": ", ".join(rest)}
 
 
 def build_report(
@@ -228,23 +225,20 @@ def build_report(
         model.precision.place(autoencoder)
     images, names = grid
     samples = show_images(images, nrow=len(images) // (len(names) or 4), row_labels=names or None)
-    photos, codebooks = load_batch(data.images, data.dev[:8], model.precision.device), {name: a for name, a in autoencoders.items() if hasattr(a.bottleneck, "codebook_size")}
-    sections = [Section("Landscapes that did not exist before", "Sampled from the trained model, one row per class." if names else "", (figure_png(samples),)),
-                Section("Metrics", "The real-vs-real baseline is the same metric of as many real train photos.", table=metric_rows(records)),
-                Section("Reconstructions", "Held-out photos and their reconstructions.", (figure_png(show_reconstructions(autoencoders, photos)),))]
-    if codebooks:
-        sections.append(Section("Codebook use", "The codes, and their use on dev photos. In a healthy codebook use falls slowly from left to right; dead codes make it drop to zero.",
-                                (figure_png(show_codebook(codebooks, data.images[data.dev[:1024]])),)))
+    photos = load_batch(data.images, data.dev[:8], model.precision.device)
+    sections = [Section("Landscapes that did not exist before", "One row per class." if names else "", (figure_png(samples),)),
+                Section("Metrics", "The real-vs-real baseline is that of as many real train photos.", table=list(map(metric_row, records))),
+                Section("Reconstructions", "Held-out photos.", (figure_png(show_reconstructions(autoencoders, photos)),))]
+    if codebooks := with_codebook(autoencoders):
+        text = "The codes, and their use on dev photos. Healthy use falls slowly from left to right; dead codes make it drop to zero."
+        sections.append(Section("Codebook use", text, (figure_png(show_codebook(codebooks, data.images[data.dev[:1024]])),)))
     sections.append(progress_section(model.folder))
     sections += [section(autoencoder.folder) for autoencoder in autoencoders.values() for section in (curve_section, diagnostics_section)]
-    facts = {key: json.dumps(value) if isinstance(value, (dict, list)) else value for key, value in settings.items()}
-    sections += [curve_section(model.folder), Section("Settings", table=[{"setting": key, "value": value} for key, value in facts.items()])]
-    return write_report(path, title, sections)
+    rows = [{"setting": key, "value": json.dumps(value) if isinstance(value, (dict, list)) else value} for key, value in settings.items()]
+    return write_report(path, title, [*sections, curve_section(model.folder), Section("Settings", table=rows)])
 
 # %% ../nbs/72_report.ipynb #c6c61da8
 ORIGINALS = 64              # images that a figure can show
-
-
 FIRST_ORIGINAL = 3_000_000  # index of the first synthetic one, far beyond those of training sets
 
 
@@ -256,34 +250,35 @@ def originals(
     "Images of the runs' size that they were not trained on. UserError if the runs, or the data, are of another size."
     sizes = {run.config["recipe"]["size"] for run in runs.values()}
     if len(sizes) > 1:
-        raise UserError(f"These runs were trained at different sizes ({', '.join(f'{size} px' for size in sorted(sizes))}): make a figure of each.")
+        found = ", ".join(f"{size} px" for size in sorted(sizes))
+        raise UserError(f"These runs were trained at different sizes ({found}): make a figure of each.")
     size = sizes.pop()
     if data is None:
         return synthetic_landscapes(range(FIRST_ORIGINAL, FIRST_ORIGINAL + ORIGINALS), size, seed)[0]
     prepared = load_prepared(data)
     if prepared.size != size:
-        raise UserError(f"The photos in {data} are {prepared.size} px, these runs were trained at {size} px: prepare them with --size {size}.")
+        raise UserError(f"The photos in {data} are {prepared.size} px, these runs were trained at {size} px: "
+                        f"prepare them with --size {size}.")
     return prepared.images[prepared.dev[:ORIGINALS]]
 
 
-def load_all(
-    runs: dict,                   # name -> Run of an autoencoder
-    with_codebook: bool = False,  # only those that have one; UserError if none has
-) -> dict:                        # name -> Autoencoder, on the CPU
-    "The autoencoders of runs."
-    loaded = {name: load_autoencoder(run.folder) for name, run in runs.items()}
-    if with_codebook:
-        loaded = {name: autoencoder for name, autoencoder in loaded.items() if hasattr(autoencoder.bottleneck, "codebook_size")}
-    if not loaded:
+def load_all(runs: dict) -> dict:
+    "The autoencoders of runs by name, on the CPU."
+    return {name: load_autoencoder(run.folder) for name, run in runs.items()}
+
+
+def codebook_figure(runs: dict, images: np.ndarray) -> Figure:
+    "The figure `codebook`. UserError if no run has one."
+    if not (autoencoders := with_codebook(load_all(runs))):
         raise UserError(f"There is no codebook in {', '.join(str(run.folder) for run in runs.values())}: give the run of a VQ autoencoder.")
-    return loaded
+    return show_codebook(autoencoders, images)
 
 
 AUTOENCODER_FIGURES = {  # name -> function of runs and originals
     "trends": lambda runs, images: plot_trends(records_of(runs)),
     "stage1": lambda runs, images: show_reconstructions(load_all(runs), from_bytes(images[:8])),
     "latents": lambda runs, images: show_latents(load_all(runs), from_bytes(images[:2])),
-    "codebook": lambda runs, images: show_codebook(load_all(runs, with_codebook=True), images),
+    "codebook": codebook_figure,
 }
 
 # %% ../nbs/72_report.ipynb #e0a9dbbf
@@ -298,7 +293,8 @@ def show_denoising(
         z = sample_strip(model.denoiser, model.latent_shape, class_labels(model, names), range(len(names)), columns, seed=seed,
                          sigma_min=model.sigma_min, sigma_max=model.sigma_max)
     x = decode(model, z.flatten(0, 1)).cpu()
-    return show_images(x, nrow=columns, row_labels=model.classes[:4] or None, col_labels=["first estimate"] + [""] * (columns - 2) + ["sample"])
+    titles = ["first estimate"] + [""] * (columns - 2) + ["sample"]
+    return show_images(x, nrow=columns, row_labels=model.classes[:4] or None, col_labels=titles)
 
 
 def show_classes(
@@ -319,7 +315,7 @@ def show_panorama(
     return show_images(x, nrow=1, row_labels=model.classes[:4] or None, scale=max(1, 96 // model.size))
 
 
-DIFFUSION_FIGURES = {"stage2": show_classes, "denoising": show_denoising, "panorama": show_panorama}   # name -> function of a model and a seed
+DIFFUSION_FIGURES = {"stage2": show_classes, "denoising": show_denoising, "panorama": show_panorama}   # functions of model and seed
 
 # %% ../nbs/72_report.ipynb #80571f29
 EVALUATIONS = (5, 10, 20, 40)    # of the network, at which samplers are compared
@@ -339,8 +335,8 @@ def sampler_distances(
     for sampler, evaluations in [*((name, count) for name in SAMPLERS for count in EVALUATIONS), ("ddpm", longest)]:
         steps = next(n for n in range(evaluations, 0, -1) if num_evaluations(sampler, n) <= evaluations)
         images = to_bytes(generate(model, labels, seed, steps=steps, sampler=sampler))
-        distance = frechet_distance(collect_stats(images, features), reference)
-        records.append({"sampler": sampler, "evaluations": num_evaluations(sampler, steps), "distance": distance, "features": features.name})
+        records.append({"sampler": sampler, "evaluations": num_evaluations(sampler, steps), "features": features.name,
+                        "distance": frechet_distance(collect_stats(images, features), reference)})
     return records
 
 
@@ -354,7 +350,8 @@ def plot_samplers(
         points = [(r["evaluations"], r["distance"]) for r in records if r["sampler"] == name and r is not longest]
         ax.plot(*zip(*points), "o-", label=name, lw=4.5 - 0.5 * i, ms=10 - i)              # of two equal lines, both are visible
     ax.axhline(longest["distance"], color="gray", ls="--", label=f"{longest['sampler']}, {longest['evaluations']} evaluations")
-    ax.set(xscale="log", yscale="log", xlabel="network evaluations per image", ylabel=f"Fréchet distance to dev photos ({longest['features']})")
+    ax.set(xscale="log", yscale="log", xlabel="network evaluations per image",
+           ylabel=f"Fréchet distance to dev photos ({longest['features']})")
     ax.set_xticks(EVALUATIONS, EVALUATIONS)
     ax.set_xticks([], minor=True)
     for set_formatter in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
@@ -378,7 +375,9 @@ def diffusion_figure(
     if name == "samplers" and data is None:
         raise UserError("The figure samplers compares samples with photos: give the prepared set with --data.")
     model = LatentDiffusion.from_pretrained(next(iter(runs.values())).folder)
-    return DIFFUSION_FIGURES[name](model, seed) if name in DIFFUSION_FIGURES else plot_samplers(sampler_distances(model, load_prepared(data), seed=seed + 1))
+    if name == "samplers":
+        return plot_samplers(sampler_distances(model, load_prepared(data), seed=seed + 1))
+    return DIFFUSION_FIGURES[name](model, seed)
 
 
 def make_figure(
@@ -397,6 +396,7 @@ def make_figure(
         figure = AUTOENCODER_FIGURES[name](runs, originals(runs, data, seed))
     else:
         if len(priors) < len(runs) or (name != "trends_stage2" and len(runs) > 1):
-            raise UserError(f"The figure {name} is one of {'priors' if name == 'trends_stage2' else 'a prior'}: give the run that train-diffusion wrote, and no other.")
+            wanted = "priors" if name == "trends_stage2" else "a prior"
+            raise UserError(f"The figure {name} is one of {wanted}: give the run that train-diffusion wrote, and no other.")
         figure = diffusion_figure(name, runs, data, seed)
     return save_figure(figure, out or next(iter(runs.values())).folder / f"{name}.png")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
-WALKTHROUGHS = ("13_data", "50_train_autoencoder", "65_train_diffusion", "70_generate", "71_evaluate")
+WALKTHROUGHS = ("13_data", "50_train_autoencoder", "65_train_diffusion", "70_generate", "71_evaluate", "72_report")
 METADATA = {"accelerator": "GPU", "colab": {"gpuType": "T4", "provenance": []},
             "kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
 BADGE, SETUP = "[![Open In Colab]", "#| eval: false\n#@title Set up Colab"
