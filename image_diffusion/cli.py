@@ -63,7 +63,7 @@ class Hours(click.ParamType):
     name = "time"
 
     def convert(self, value, param, ctx):
-        from image_diffusion.training import minutes_of
+        from image_diffusion.fitting import minutes_of
         try:
             hours = float(value) if str(value).replace(".", "", 1).isdigit() else minutes_of(value) / 60
         except UserError as error:

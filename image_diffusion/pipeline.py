@@ -90,7 +90,7 @@ def train_both_stages(
     "Train the autoencoders and the diffusion model, each in its run folder, within the hours of the settings."
     from image_diffusion.train_autoencoder import train_autoencoder
     from image_diffusion.train_diffusion import train_diffusion
-    from image_diffusion.training import minutes_left
+    from image_diffusion.fitting import minutes_left
 
     preset, kinds, total, used = settings["preset"], settings["bottlenecks"], 60 * settings["hours"], data.manifest["seconds"] / 60
     common = {"seed": settings["seed"], "save_every_minutes": min(5, total / 10)}
@@ -170,7 +170,7 @@ def run(
     from image_diffusion.drive import open_run
     from image_diffusion.train_autoencoder import PRESETS as AUTOENCODERS, check_data
     from image_diffusion.train_diffusion import PRESETS
-    from image_diffusion.training import minutes_left, session_end
+    from image_diffusion.fitting import minutes_left, session_end
 
     lookup(PRESETS, preset, "preset")
     folder, end, size = Path(folder), session_end(time_limit), AUTOENCODERS[f"{preset}-{bottlenecks[0]}"].size

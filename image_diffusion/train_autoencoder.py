@@ -33,8 +33,8 @@ from .files import UserError, lookup
 from .perceptual import LPIPS, available_perceptual, psnr, ssim
 from .plots import Figure, plot_runs, save_png
 from .runs import final_metrics, load_network, load_snapshot
-from .training import (Budget, Precision, Stage, Stateful, fit, optimizer_step,
-                                      seed_step, session_end)
+from .fitting import fit, session_end
+from .training import Budget, Precision, Stage, Stateful, optimizer_step, seed_step
 
 # %% ../nbs/50_train_autoencoder.ipynb #955bbe75
 def schedule_position(

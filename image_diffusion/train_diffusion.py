@@ -33,8 +33,8 @@ from .plots import Figure, plot_runs, save_png
 from .runs import Run, final_metrics
 from .sampling import SAMPLERS, SamplingError, sample_noise, sigma_schedule, step_noise
 from .train_autoencoder import load_autoencoder
-from .training import (Budget, Precision, Stage, Stateful, TrainingDiverged, fit,
-                                      optimizer_step, seed_step, session_end)
+from .fitting import TrainingDiverged, fit, session_end
+from .training import Budget, Precision, Stage, Stateful, optimizer_step, seed_step
 from .unet import UNet, UNetConfig
 
 # %% ../nbs/65_train_diffusion.ipynb #06aacf35

@@ -27,7 +27,8 @@ from image_diffusion.perceptual import FeatureDistance, load_lite0
 from image_diffusion.runs import Run, load_checkpoint
 from image_diffusion.train_autoencoder import PRESETS, AutoencoderStage, reconstruct
 from image_diffusion.ema import make_ema
-from image_diffusion.training import Budget, Precision, fit
+from image_diffusion.fitting import fit
+from image_diffusion.training import Budget, Precision
 
 KL, VQ, BASELINE = PRESETS["photos64-kl"], PRESETS["photos64-vq"], PRESETS["original-kl"]
 F8 = replace(KL, model=replace(KL.model, z_channels=4 * KL.model.z_channels, patch=8, ch=192, ch_mult=(1,), enc_blocks=2, dec_blocks=3))

@@ -22,7 +22,8 @@ from image_diffusion.data import prepare
 from image_diffusion.perceptual import LPIPS
 from image_diffusion.runs import Run
 from image_diffusion.train_autoencoder import PRESETS, AutoencoderStage
-from image_diffusion.training import MetricsLogger, Precision, Tick
+from image_diffusion.fitting import MetricsLogger
+from image_diffusion.training import Precision, Tick
 
 LATE = 0.9    # of the budget: the discriminator is on
 

@@ -31,7 +31,8 @@ from image_diffusion.runs import Run, load_checkpoint
 from image_diffusion.train_autoencoder import load_autoencoder
 from image_diffusion.train_diffusion import PRESETS, DiffusionStage
 from image_diffusion.ema import make_ema
-from image_diffusion.training import Budget, Precision, fit
+from image_diffusion.fitting import fit
+from image_diffusion.training import Budget, Precision
 from image_diffusion.unet import UNet
 
 OURS = PRESETS["photos64"]

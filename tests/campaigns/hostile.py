@@ -48,7 +48,8 @@ from image_diffusion.train_autoencoder import AutoencoderRecipe, AutoencoderStag
 from image_diffusion.train_diffusion import DiffusionRecipe, DiffusionStage
 from image_diffusion.diagnostics import diagnose
 from image_diffusion.ema import reconstruct_ema
-from image_diffusion.training import Budget, Checkpointer, MetricsLogger, Precision, fit
+from image_diffusion.fitting import Checkpointer, MetricsLogger, fit
+from image_diffusion.training import Budget, Precision
 from image_diffusion.unet import UNetConfig
 from PIL import Image
 from safetensors import safe_open

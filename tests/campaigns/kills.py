@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from image_diffusion import training
+from image_diffusion import fitting
 from image_diffusion.data import load_prepared
 from image_diffusion.latents import cache_latents
 from image_diffusion.runs import Run
 from image_diffusion.train_autoencoder import PRESETS, AutoencoderStage, load_autoencoder
 from image_diffusion.train_diffusion import DiffusionRecipe, DiffusionStage, sample_strip
-from image_diffusion.training import Budget, fit
+from image_diffusion.fitting import fit
+from image_diffusion.training import Budget
 from image_diffusion.unet import UNetConfig
 
 STEPS_PER_KILL = 5
@@ -60,7 +61,7 @@ STAGES = {"autoencoder": autoencoder_stage, "prior": prior_stage}
 
 def live(stage, folder, steps):
     "Train to the end, or until killed, with a checkpoint after each step; tell the killer where we are."
-    save, train_step = training.save_checkpoint, stage.train_step
+    save, train_step = fitting.save_checkpoint, stage.train_step
     def told_save(*words):
         SHARED[1] = 1
         path = save(*words)
@@ -69,7 +70,7 @@ def live(stage, folder, steps):
     def told_step(step, progress):
         SHARED[0] += 1
         return train_step(step, progress)
-    training.save_checkpoint, stage.train_step = told_save, told_step
+    fitting.save_checkpoint, stage.train_step = told_save, told_step
     fit(stage, Run.open(folder, {}), Budget(steps=steps), save_every_minutes=0.0, log_every=5, samples=3)
 
 

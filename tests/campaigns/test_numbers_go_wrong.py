@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from image_diffusion import training
+from image_diffusion import fitting
 from image_diffusion.files import UserError
 from image_diffusion.runs import Run, load_checkpoint, read_metrics
 from image_diffusion.diagnostics import diagnose
-from image_diffusion.training import MAX_SKIPPED_STEPS, MAX_ROLLBACKS, SCALE_FLOOR, Budget, Interrupted, batch_indices, fit
+from image_diffusion.fitting import MAX_SKIPPED_STEPS, MAX_ROLLBACKS, Interrupted, fit
+from image_diffusion.training import SCALE_FLOOR, Budget, batch_indices
 from kills import STAGES, AUTOENCODER, autoencoder_stage
 
 STEPS, SKIPPED = 30, 6
@@ -17,7 +18,7 @@ STEPS, SKIPPED = 30, 6
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     "Fewer skipped steps before training goes back to a checkpoint, and no disk flushes."
-    monkeypatch.setattr(training, "MAX_SKIPPED_STEPS", SKIPPED)
+    monkeypatch.setattr(fitting, "MAX_SKIPPED_STEPS", SKIPPED)
     monkeypatch.setattr("os.fsync", lambda handle: None)
 
 

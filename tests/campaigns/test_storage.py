@@ -16,11 +16,12 @@ import torch
 from conftest import ROOT, start
 from image_diffusion import drive as drive_module
 from image_diffusion import files as files_module
-from image_diffusion import training
+from image_diffusion import fitting, training
 from image_diffusion.drive import BackgroundMirror, Drive, Mirror, local_copy, open_run, runs_root
 from image_diffusion.files import UserError, write_json
 from image_diffusion.runs import Run, append_metrics, list_checkpoints, load_checkpoint, read_metrics, save_checkpoint, truncate_after
-from image_diffusion.training import Budget, Interrupted, Stage, fit
+from image_diffusion.fitting import Interrupted, fit
+from image_diffusion.training import Budget, Stage
 
 SEQUENCES, IN_THREADS = 210, 20   # of random faults: pass by pass, and with a thread in the background
 ERRORS = [OSError(errno.ENOTCONN, "Transport endpoint is not connected"), OSError(errno.EIO, "Input/output error"),
@@ -328,7 +329,7 @@ def test_another_machine_resumes_from_drive_to_the_same_weights(colab, tmp_path)
     fit(whole, Run.open(tmp_path / "whole", {}), Budget(steps=60))
     run = open_run(colab / "run", {})
     with pytest.raises(Interrupted, match="with everything saved"):
-        fit(Line(pause=0.005), run, Budget(steps=60), end=time.monotonic() + 60 * training.SPARE_MINUTES + 0.15)
+        fit(Line(pause=0.005), run, Budget(steps=60), end=time.monotonic() + 60 * fitting.SPARE_MINUTES + 0.15)
     step = load_checkpoint(run)["step"]
     assert 0 < step < 60 and run.finished is None
     shutil.rmtree(tmp_path / "machine")
@@ -347,7 +348,7 @@ class ThirtySeconds(Drive):
 
 
 def test_training_never_waits_for_a_drive_that_takes_30_seconds_a_file(colab, monkeypatch, capsys):
-    monkeypatch.setattr(training, "local_copy", partial(local_copy, drive=ThirtySeconds))
+    monkeypatch.setattr(fitting, "local_copy", partial(local_copy, drive=ThirtySeconds))
     monkeypatch.setattr(drive_module, "WAIT_SECONDS", 0.5)
     moments = []
     class Watched(Line):
@@ -368,7 +369,7 @@ def test_drive_goes_away_and_comes_back_while_training(colab, tmp_path, monkeypa
             calls.append(time.monotonic())
             if 2 <= len(calls) < 6: raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
             return super().sizes()
-    monkeypatch.setattr(training, "local_copy", partial(local_copy, drive=Away))
+    monkeypatch.setattr(fitting, "local_copy", partial(local_copy, drive=Away))
     run = open_run(colab / "run", {})
     fit(Line(pause=0.002), run, Budget(steps=60), save_every_minutes=0.0005)
     said = capsys.readouterr().out
@@ -382,7 +383,7 @@ def test_drive_that_stays_away_leaves_the_run_on_the_machine_and_the_next_call_c
     monkeypatch.setattr(drive_module, "WAIT_SECONDS", 0.1)
     run = open_run(colab / "run", {})
     with monkeypatch.context() as patch:
-        patch.setattr(training, "local_copy", partial(local_copy, drive=Full))
+        patch.setattr(fitting, "local_copy", partial(local_copy, drive=Full))
         with pytest.raises(UserError, match="has not taken everything yet"):
             fit(Line(), run, Budget(steps=30))
     assert run.finished is None and "it is full. Training continues" in capsys.readouterr().out

@@ -11,7 +11,7 @@ import pytest
 from conftest import BRIEF, SIZE, contents, type_in, write_photos
 from hypothesis import given
 from hypothesis import strategies as st
-from image_diffusion import pipeline, training
+from image_diffusion import pipeline, fitting
 from image_diffusion.data import from_bytes, prepare, to_bytes
 from image_diffusion.files import UserError
 from image_diffusion.runs import Run, config_difference, read_metrics
@@ -116,7 +116,7 @@ def test_an_unknown_preset_is_answered_with_the_known_ones(prepared, whole_run, 
                                              ("train-autoencoder", ["--steps", 0]), ("train-autoencoder", ["--steps", -5]),
                                              ("train-autoencoder", ["--hours", 0])], ids=str)
 def test_a_length_of_none_is_refused(prepared, tmp_path, monkeypatch, command, budget):
-    monkeypatch.setattr(training, "training_loop", lambda *words: pytest.fail(f"{command} {budget} trains as if nothing had been given"))
+    monkeypatch.setattr(fitting, "training_loop", lambda *words: pytest.fail(f"{command} {budget} trains as if nothing had been given"))
     words = {"run": run("synthetic:50", tmp_path / "run"), "demo": ["demo", "--run", tmp_path / "run"],
              "train-autoencoder": ["train-autoencoder", "--data", prepared.folder, "--preset", "tiny-kl", "--run", tmp_path / "run"]}
     result = type_in(*words[command], *budget)

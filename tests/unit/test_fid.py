@@ -14,7 +14,7 @@ from cleanfid.fid import frechet_distance as cleanfid_distance
 from cleanfid.fid import kernel_distance as cleanfid_kernel
 from cleanfid.resize import build_resizer
 from conftest import type_in
-from image_diffusion import training
+from image_diffusion import fitting
 from image_diffusion.data import load_prepared, prepare
 from image_diffusion.landscapes import synthetic_landscapes
 from image_diffusion.features import INCEPTION, InceptionFeatures, ModuleFeatures, RandomFeatures, as_uint8, resized
@@ -229,7 +229,7 @@ class Killed(BaseException):
 
 def test_a_killed_measurement_resumes(runs, tmp_path, monkeypatch):
     module = import_module("image_diffusion.train_diffusion")
-    sample_images, append, sampled, kill = module.sample_images, training.append_metrics, [], ""
+    sample_images, append, sampled, kill = module.sample_images, fitting.append_metrics, [], ""
 
     def counted(stage, labels, indices, *how):
         sampled.extend(indices)
@@ -242,7 +242,7 @@ def test_a_killed_measurement_resumes(runs, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "sample_images", counted)
     monkeypatch.setattr(DiffusionStage, "sample", lambda self, path: None)          # no pictures: they take longer than the rest
-    monkeypatch.setattr(training, "append_metrics", noted)
+    monkeypatch.setattr(fitting, "append_metrics", noted)
     monkeypatch.setattr(module, "SampleMetrics", partial(module.SampleMetrics, steps=2, batch_size=8))
 
     def train(folder):

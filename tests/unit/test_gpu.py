@@ -19,7 +19,8 @@ from image_diffusion.train_autoencoder import PRESETS as AUTOENCODERS
 from image_diffusion.train_autoencoder import INIT_BATCHES, AutoencoderStage, autoencoder_step_cost, load_autoencoder, train_autoencoder
 from image_diffusion.train_diffusion import PRESETS as PRIORS
 from image_diffusion.train_diffusion import DiffusionStage, train_diffusion
-from image_diffusion.training import Budget, Interrupted, Precision, fit
+from image_diffusion.fitting import Interrupted, fit
+from image_diffusion.training import Budget, Precision
 from image_diffusion.unet import UNet
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from image_diffusion import training
+from image_diffusion import fitting
 from image_diffusion.runs import Run, load_checkpoint, read_metrics
 from image_diffusion.train_autoencoder import PRESETS, AutoencoderStage
 from image_diffusion.diagnostics import diagnose
-from image_diffusion.training import Budget, Precision, fit
+from image_diffusion.fitting import fit
+from image_diffusion.training import Budget, Precision
 
 TINY = PRESETS["tiny-kl"]
 SMALL = replace(TINY, model=replace(TINY.model, ch=16, codebook_size=32), batch_size=4, disc=replace(TINY.disc, ch=8))
@@ -133,7 +134,7 @@ def test_a_broken_batch_changes_nothing(prepared, bottleneck, dtype):
 
 def test_after_too_many_broken_steps_training_goes_back_to_the_checkpoint(prepared, tmp_path, monkeypatch, capsys):
     "From before the first checkpoint, and again and again: campaigns/test_numbers_go_wrong.py."
-    monkeypatch.setattr(training, "MAX_SKIPPED_STEPS", 6)
+    monkeypatch.setattr(fitting, "MAX_SKIPPED_STEPS", 6)
     run = Run.open(tmp_path / "run", {})
     stage = nan_batches(AutoencoderStage(prepared, SMALL), 6)
     fit(stage, run, Budget(steps=4), save_every_minutes=0.0)
