@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 
 from . import pipeline
-from .files import UserError
+from .files import UserError, check_writable, lossy_output
 
 # %% ../nbs/90_cli.ipynb #d95b29ac
 RENAMED = {  # spellings from before 0.1.0
@@ -34,6 +34,10 @@ class Commands(click.Group):
         for old in RENAMED.keys() & spelled:
             raise click.UsageError(f"{old} is called {RENAMED[old]} since version 0.1.0.", ctx)
         return super().parse_args(ctx, args)
+
+    def main(self, *args, **kwargs):
+        with lossy_output():
+            return super().main(*args, **kwargs)
 
     def invoke(self, ctx):
         try:
@@ -221,11 +225,13 @@ def sampling_command(
     def load_sample_save(folder, autoencoder, ema, steps, sampler, seed, out, guidance=None, **options):
         from image_diffusion.generate import LatentDiffusion
         from image_diffusion.plots import save_png
+        check_writable(out or folder / "samples.png")
         model = LatentDiffusion.from_pretrained(folder, autoencoder, ema=ema)
         sampling = {"seed": seed, "steps": steps, "sampler": sampler, "guidance": model.guidance if guidance is None else guidance}
         images, nrow, stem, settings = command(model, sampling, **options)
-        out = out or folder / f"{stem}-seed{seed}.png"
-        save_png(images, out, nrow=nrow, info=sampling | settings | {"ema": ema, "training_steps": model.step})
+        named = out and not out.is_dir()
+        out = save_png(images, out if named else (out or folder) / f"{stem}-seed{seed}.png", nrow=nrow, replace=bool(named),
+                       info=sampling | settings | {"ema": ema, "training_steps": model.step})
         click.echo(f"Saved {len(images)} image{'s' if len(images) > 1 else ''}: {out}")
     return options(
         click.option("--run", "--run-dir", "folder", type=PATH, required=True, help="Run folder of a trained diffusion model."), SAMPLER,
@@ -291,10 +297,12 @@ def img2img(model, sampling, photo, name, noise, strength, n):
 @CLASS
 @click.option("--n", default=4, type=COUNT, help="Number of images.")
 def inpaint(model, sampling, photo, mask, name, n):
-    "Fill what is white in MASK, an image of the size of PHOTO; the rest of the photo stays as it is."
+    "Fill what is white in MASK, or its transparent hole, an image of the size of PHOTO; the rest of the photo stays as it is."
     from image_diffusion.generate import load_mask, load_photo
     x, name = load_photo(photo, model.size).expand(n, -1, -1, -1), class_name(model, name)
-    return (model.inpaint(x, load_mask(mask, photo, model.size), [name], **sampling), n, f"{photo.stem}-inpainted",
+    hole = load_mask(mask, photo, model.size)
+    click.echo(f"To be filled: {hole.mean():.1%} of the photo's middle square.")
+    return (model.inpaint(x, hole, [name], **sampling), n, f"{photo.stem}-inpainted",
             {"photo": photo.name, "mask": mask.name, "classes": name})
 
 
@@ -326,10 +334,11 @@ def evaluate(folder, data, n, allow_small_n, protocol, autoencoder, ema, steps, 
     Stage 1: PSNR, SSIM, LPIPS, rFID. Stage 2: FID, KID, precision, recall, density, coverage. Each next to its real-vs-real baseline."""
     from image_diffusion.data import load_prepared
     from image_diffusion.evaluate import evaluate_run, evaluation_table
-    path, content = evaluate_run(folder, load_prepared(data), n, allow_small_n, protocol, autoencoder, ema,
-                                 guidance=guidance, steps=steps, sampler=sampler, seed=seed)
-    click.echo(evaluation_table(content["records"]))
-    click.echo(f"JSON: {path}" + (f", figure: {path.with_suffix('.png').name}" if path.with_suffix(".png").exists() else ""))
+    path, _ = evaluate_run(folder, load_prepared(data), n, allow_small_n, protocol, autoencoder, ema,
+                           show=lambda records: click.echo(evaluation_table(records)),
+                           guidance=guidance, steps=steps, sampler=sampler, seed=seed)
+    if path:
+        click.echo(f"JSON: {path}" + (f", figure: {path.with_suffix('.png').name}" if path.with_suffix(".png").exists() else ""))
 
 
 @main.command()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from .files import UserError
 from .plots import Figure, plot_runs, save_figure
 from .runs import name_runs, records_of
 
@@ -145,5 +146,8 @@ def diagnose_runs(
     "Diagnose runs: the problems of each in sentences, and a figure with one row per run."
     runs = name_runs(folders)
     records = records_of(runs)
-    out = save_figure(plot_diagnostics(records), out or next(iter(runs.values())).folder / "diagnostics.png")
+    try:
+        out = save_figure(plot_diagnostics(records), out or next(iter(runs.values())).folder / "diagnostics.png")
+    except UserError as error:                             # of a run that cannot be written, the sentences are worth the more
+        out = f"none; {error}"
     return {f"{name} ({runs[name].folder})": diagnose(records[name]) or [NO_PROBLEMS] for name in runs}, out

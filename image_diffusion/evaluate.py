@@ -6,8 +6,8 @@
 __all__ = ['CLASS_PHOTOS', 'CODEBOOK_METRICS', 'NUM_ORIGINALS', 'bias_curves', 'kid_prdc_records', 'distance_records',
            'class_accuracy', 'evaluate_diffusion', 'show_nearest', 'encode_photos', 'decode_latents', 'reconstruct',
            'reconstruction_records', 'evaluate_autoencoder', 'to_bytes_truncated', 'evaluate_192_images',
-           'decode_interpolated', 'interpolated_fid', 'evaluation_context', 'evaluate_run', 'show_worst_to_best',
-           'draw_bias_curves', 'plot_evaluation', 'evaluation_table']
+           'decode_interpolated', 'interpolated_fid', 'evaluation_context', 'keep_evaluation', 'evaluate_run',
+           'show_worst_to_best', 'draw_bias_curves', 'plot_evaluation', 'evaluation_table']
 
 # %% ../nbs/71_evaluate.ipynb #d15720da
 from importlib.metadata import version
@@ -23,7 +23,7 @@ from .data import ImageDataset, from_bytes, load_batch, to_bytes
 from .features import Features, available_features, fid_missing_reason, in_batches
 from .fid import (MIN_IMAGES, FeatureStats, bias_curve, check_num_images, collect_samples, collect_stats,
                                  distance_record, extrapolate_to_infinity, frechet_distance, key_digest, kid, photo_stats, prdc)
-from .files import UserError, read_json, write_json
+from .files import UserError, is_writable, read_json, write_json
 from .generate import LatentDiffusion, generate, labels_of
 from .perceptual import VGG16, available_perceptual, psnr, ssim
 from .plots import Figure, save_figure, show_images
@@ -308,6 +308,22 @@ def evaluation_context(
             "versions": {name: version(name) for name in packages}, "settings": settings}
 
 
+def keep_evaluation(
+    path: Path,      # the JSON file
+    content: dict,
+    figure: Figure,  # or None
+) -> "Path | None":
+    "Write what was measured; returns None, and says so, where it cannot be written."
+    try:
+        if figure is not None:
+            save_figure(figure, path.with_suffix(".png"))
+        write_json(path, content)
+        path.with_suffix(".npz").unlink(missing_ok=True)       # the samples' features so far
+        return path
+    except (UserError, OSError) as error:
+        print(f"The numbers are not kept: {error}")
+
+# %% ../nbs/71_evaluate.ipynb #42ad5c37
 def evaluate_run(
     folder: Path,                # run folder of either stage
     data: ImageDataset,
@@ -316,8 +332,9 @@ def evaluate_run(
     protocol: str = "standard",  # or `192-images`, see `evaluate_192_images`
     autoencoder: Path = None,    # run folder of a diffusion model's autoencoder; None: where it was at training
     ema: float = None,           # see `LatentDiffusion.from_pretrained`
+    show=lambda records: None,   # called with the records before anything is written
     **sampling,                  # seed, guidance, steps, sampler of `evaluate_diffusion`
-) -> tuple:                      # (path of the JSON file, its content)
+) -> tuple:                      # (path of the JSON file, or None if it could not be written; its content)
     "Evaluate a run into `evaluation/….json` and `.png` in its folder; the same call again returns what is there."
     precision, kind = Precision.pick(), kind_of_run(Run.load(folder).config)
     if kind is None:
@@ -328,21 +345,23 @@ def evaluate_run(
     settings = {"count": count or (2048 if kind == "prior" else len(data.dev)), "allow_small_n": allow_small_n}
     settings |= sampling if kind == "prior" else {}
     context = evaluation_context(model, data, precision, protocol=protocol, ema=ema, **settings)
-    path = model.folder / "evaluation" / f"{protocol}-n{settings['count']}-{key_digest(context)}.json"
-    if not path.exists():
-        if kind == "prior":
-            records = evaluate_diffusion(model, data, **settings, curves=True, vectors=path.with_suffix(".npz"), key=context)
-            save_figure(plot_evaluation(records), path.with_suffix(".png"))
-            path.with_suffix(".npz").unlink(missing_ok=True)
-        elif protocol == "192-images":
-            records = evaluate_192_images(model, data, precision)
-        else:
-            check_num_images(settings["count"], settings["count"], allow_small_n)
-            images = reconstruct(model, data, data.dev[:count], precision)
-            records = evaluate_autoencoder(model, data, precision, count, allow_small_n, images)
-            save_figure(show_worst_to_best(images, data, data.dev[:count]), path.with_suffix(".png"))
-        write_json(path, context | {"records": records})
-    return path, read_json(path)
+    path, figure = model.folder / "evaluation" / f"{protocol}-n{settings['count']}-{key_digest(context)}.json", None
+    if path.exists():
+        show(read_json(path)["records"])
+        return path, read_json(path)
+    if kind == "prior":
+        vectors = path.with_suffix(".npz") if is_writable(path) else None
+        records = evaluate_diffusion(model, data, **settings, curves=True, vectors=vectors, key=context)
+        figure = plot_evaluation(records)
+    elif protocol == "192-images":
+        records = evaluate_192_images(model, data, precision)
+    else:
+        check_num_images(settings["count"], settings["count"], allow_small_n)
+        images = reconstruct(model, data, data.dev[:count], precision)
+        records = evaluate_autoencoder(model, data, precision, count, allow_small_n, images)
+        figure = show_worst_to_best(images, data, data.dev[:count])
+    show(records)
+    return keep_evaluation(path, context | {"records": records}, figure), context | {"records": records}
 
 # %% ../nbs/71_evaluate.ipynb #3d7220f0
 def show_worst_to_best(

@@ -11,6 +11,7 @@ __all__ = ['MIN_IMAGES', 'check_features', 'FeatureStats', 'collect_stats', 'sav
 # %% ../nbs/31_fid.ipynb #711e105d
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -248,9 +249,12 @@ def reference_stats(
     "Statistics of reference images, computed once per key and features. UserError as for `load_stats`."
     key = {**key, "features": features.detail, "vectors": keep}
     path = Path(folder) / f"{features.name}-{key_digest(key)}.npz"
-    if not path.is_file():
-        save_stats(collect_stats(source, features, keep=keep), path, key)
-    return load_stats(path, key)
+    if path.is_file():
+        return load_stats(path, key)
+    stats = collect_stats(source, features, keep=keep)
+    with suppress(UserError):                              # on a disk that cannot be written they are computed again the next time
+        save_stats(stats, path, key)
+    return stats
 
 
 def photo_stats(

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['UserError', 'summarize_error', 'lookup', 'file_sha256', 'write_atomic', 'write_json', 'read_json', 'open_array',
-           'lock', 'check_disk']
+           'lock', 'check_disk', 'check_writable', 'is_writable', 'LossyOutput', 'lossy_output']
 
 # %% ../nbs/00_files.ipynb #820b78c3
 import hashlib
+import io
 import json
 import os
 import shutil
+import sys
 import tempfile
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
@@ -153,3 +155,64 @@ def check_disk(
     if free < needed:
         raise UserError(f"{what} need {needed / 1e6:,.1f} MB in '{folder}', but {free / 1e6:,.1f} MB are free; "
                         "make room, choose another folder, or set a limit.")
+
+# %% ../nbs/00_files.ipynb #f556d3e9
+def check_writable(
+    path: Path,  # file or folder that will be written
+) -> None:
+    "See, before the work begins, that a place can be written; nothing is left there. UserError if it cannot."
+    path = Path(path).absolute()
+    place = next(p for p in (path, *path.parents) if p.exists())
+    folder = place if place.is_dir() or place != path else place.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be written ({summarize_error(error)}): give a place that can, "
+                        "or connect its disk again.") from error
+
+
+def is_writable(path: Path) -> bool:
+    "Whether a file or folder can be written, for what can also be kept elsewhere or left out."
+    try:
+        return check_writable(path) is None
+    except UserError:
+        return False
+
+# %% ../nbs/00_files.ipynb #0e137b03
+class LossyOutput(io.RawIOBase):
+    "A raw stream that drops what the stream below no longer takes."
+
+    def __init__(self, raw):
+        self.raw = raw
+
+    def writable(self): return True
+    def isatty(self): return not self.raw.closed and self.raw.isatty()
+    def fileno(self): return self.raw.fileno()
+
+    def write(self, data) -> int:
+        try:
+            return self.raw.write(data)
+        except OSError:
+            return len(data)
+
+
+@contextmanager
+def lossy_output():
+    "Within the context, a terminal, pipe or log that is gone never raises; streams that a notebook or test put in place stay as they are."
+    kept = {name: getattr(sys, name) for name in ("stdout", "stderr")}
+    for name, stream in kept.items():
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        elif stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
+            raw = LossyOutput(getattr(stream.buffer, "raw", stream.buffer))
+            with suppress(OSError):
+                stream.flush()
+            setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, "backslashreplace",
+                                                line_buffering=stream.line_buffering, write_through=stream.write_through))
+    try:
+        yield
+    finally:
+        for name, stream in kept.items():
+            getattr(sys, name).flush()
+            setattr(sys, name, stream)

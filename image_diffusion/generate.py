@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['LatentDiffusion', 'build_networks', 'load_parts', 'class_labels', 'labels_of', 'generate_latents', 'decode',
            'batchwise', 'generate', 'class_grid', 'guidance_grid', 'slerp', 'mix_classes', 'interpolate', 'load_photo',
-           'encode', 'strength_sigma', 'img2img', 'inpaint', 'load_mask', 'panorama']
+           'encode', 'strength_sigma', 'img2img', 'inpaint', 'visible_pixels', 'load_mask', 'panorama']
 
 # %% ../nbs/70_generate.ipynb #98b0b573
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -24,7 +25,7 @@ from .ema import reconstruct_ema
 from .files import UserError
 from .guidance import inpainted, windowed
 from .latents import LatentScale
-from .photos import FORMATS, try_photo, turn_upright
+from .photos import FORMATS, crop_and_resize, to_rgb, try_photo, turn_upright
 from .runs import Run, load_network, load_snapshot
 from .sampling import sample_noise
 from .train_autoencoder import load_autoencoder
@@ -357,11 +358,14 @@ def inpaint(
     batch_size: int = 64,  # images sampled at a time
     **sampling,            # of `generate_latents`
 ) -> torch.Tensor:
-    "Fill what the mask leaves open: images (B,3,H,W). UserError for a mask of another size."
+    "Fill what the mask leaves open: images (B,3,H,W). UserError for a mask of another size, and for one that is all 0 or all 1."
     if mask.shape[1:] != (1, *x.shape[2:]) or len(mask) not in (1, len(x)):
         raise UserError(f"The mask is of shape {tuple(mask.shape)}, the images of {tuple(x.shape)}: "
                         "a mask has one channel and the same sides.")
     hole = (mask > 0.5).float().expand(len(x), -1, -1, -1)                                        # (B,1,H,W)
+    if (share := hole.mean().item()) in (0, 1):
+        raise UserError(f"The mask leaves {share:.0%} of the middle square to be filled: make it white where the photo shall be filled "
+                        "and black where it shall stay.")
     def sample(batch):
         z = encode(model, x[batch])                                                               # (b,C,h,w)
         open_z = F.max_pool2d(hole[batch], model.autoencoder.factor).to(z.device)                 # (b,1,h,w): open if any of its pixels is
@@ -369,19 +373,37 @@ def inpaint(
                                               wrap_denoiser=lambda denoise: inpainted(denoise, z, open_z), **sampling))
     return torch.where(hole.bool(), batchwise(sample, len(x), batch_size), x.cpu())
 
+# %% ../nbs/70_generate.ipynb #7ab6a2b0
+def visible_pixels(
+    path: Path,  # an image that `load_photo` can read
+    size: int,   # side that is wanted, px
+) -> tuple:
+    "What an image shows on a black ground, (3,size,size), and how opaque it is, (size,size), both in [0,1] and its middle square; and its sides, px."
+    with Image.open(path, formats=FORMATS) as image:
+        image = turn_upright(image)
+        rgba = image.convert("RGBA") if image.has_transparency_data else to_rgb(image).convert("RGBA")
+    alpha = rgba.getchannel("A")
+    shown = Image.composite(rgba.convert("RGB"), Image.new("RGB", rgba.size), alpha)
+    squares = [torch.from_numpy(crop_and_resize(np.array(layer.convert("RGB")), size)).permute(2, 0, 1) / 255 for layer in (shown, alpha)]
+    return squares[0], squares[1][0], rgba.size
+
 
 def load_mask(
-    path: Path,   # an image: white = to be filled, black = known
+    path: Path,   # an image: white = to be filled, black = known; or the photo with a transparent hole
     photo: Path,  # the image that it belongs to
     size: int,    # side that is wanted, px
 ) -> torch.Tensor:
     "The middle square of a mask as (1,1,size,size) of 0 and 1. UserError if it is no image, or of another size than the photo."
-    gray, _ = load_photo(path, size).mean(1, keepdim=True), load_photo(photo, size)      # both can be read, by a decoder that is allowed
-    sides = [turn_upright(Image.open(file, formats=FORMATS)).size for file in (path, photo)]
-    if sides[0] != sides[1]:
+    for file in (path, photo):
+        load_photo(file, size)                                                   # by a decoder that is allowed
+    (shown, alpha, sides), (pixels, _, photo_sides) = (visible_pixels(file, size) for file in (path, photo))
+    if sides != photo_sides:
         raise UserError("The mask {} is {} x {} px, the photo {} is {} x {} px: make a mask of the photo's size."
-                        .format(path, *sides[0], photo, *sides[1]))
-    return (gray > 0).float()
+                        .format(path, *sides, photo, *photo_sides))
+    opaque, white = alpha > 0.5, shown.amax(0) > 0.5                             # (size,size)
+    is_photo = opaque & ((shown - pixels).abs().amax(0) < 0.1)
+    erased = not opaque.all() and (is_photo.sum() > 0.5 * opaque.sum() or not white.any())
+    return (~opaque if erased else white).float()[None, None]
 
 # %% ../nbs/70_generate.ipynb #974c65e9
 def panorama(

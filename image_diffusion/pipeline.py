@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from .files import UserError, lookup
+from .files import UserError, check_writable, lookup
 
 # %% ../nbs/80_pipeline.ipynb #f82c923c
 AUTOENCODER_SHARE = 0.27  # of all the time, in all; two autoencoders share it
@@ -175,6 +175,7 @@ def run(
     lookup(PRESETS, preset, "preset")
     folder, end, size = Path(folder), session_end(time_limit), AUTOENCODERS[f"{preset}-{bottlenecks[0]}"].size
     data_settings, report = validate_settings(source, size, limit, 0, labels), folder / "report.html"
+    check_writable(folder)
     if fresh or not (folder / "config.json").exists():
         make_plan(source, data_settings, labels, downloads)      # a wrong source is told before anything is made or deleted
     if fresh:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['image_bytes', 'image_grid', 'Figure', 'figure_png', 'image_figure', 'show_images', 'show_rows', 'show_pairs',
-           'show_strip', 'in_notebook', 'LiveDisplay', 'save_png', 'save_figure', 'debiased_ema', 'draw_curves',
-           'plot_curves', 'plot_runs', 'plot_histogram']
+           'show_strip', 'in_notebook', 'LiveDisplay', 'free_path', 'save_png', 'save_figure', 'debiased_ema',
+           'draw_curves', 'plot_curves', 'plot_runs', 'plot_histogram']
 
 # %% ../nbs/01_plots.ipynb #4a5acdcb
 import io
@@ -13,6 +13,8 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -179,18 +181,34 @@ class LiveDisplay:
         self.due = time.monotonic() + self.seconds
 
 # %% ../nbs/01_plots.ipynb #858f04de
+def free_path(
+    path: Path,         # a PNG file
+    image: np.ndarray,  # uint8 (H,W,3), that will be written
+) -> Path:
+    "The path, or it with -2, -3, ... after its name, so that no other image is replaced."
+    for number in count(1):
+        free = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
+        if not free.exists():
+            return free
+        with suppress(OSError, SyntaxError), Image.open(free) as found:      # anything else than an image stays, too
+            if np.array_equal(np.asarray(found.convert("RGB")), image):
+                return free
+
+
 def save_png(
     x,                  # images, (B,3,H,W) in [-1,1] or uint8 (N,H,W,3)
     path,               # file to write, `.png`; its folder is made if missing
     nrow: int = 8,      # images in one row
     scale: int = 1,     # pixel enlargement
     info: dict = None,  # what made the images: name -> text or anything JSON can hold
+    replace: bool = True,  # False: an image that is there stays, and the new one gets a free name
 ) -> Path:
     "Write a grid of images to a PNG file with `info` inside it."
     path, text = Path(path), PngInfo()
     for name, value in (info or {}).items():
         text.add_text(name, value if isinstance(value, str) else json.dumps(value))
-    grid = Image.fromarray(image_grid(x, nrow, scale=scale))
+    pixels = image_grid(x, nrow, scale=scale)
+    path, grid = path if replace else free_path(path, pixels), Image.fromarray(pixels)
     write_atomic(path, lambda temporary: grid.save(temporary, format="PNG", pnginfo=text))
     return path
 

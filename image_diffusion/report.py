@@ -26,7 +26,7 @@ from .data import ImageDataset, from_bytes, load_batch, load_prepared, to_bytes
 from .diagnostics import DIAGNOSTIC_PANELS, NO_PROBLEMS, diagnose
 from .features import available_features
 from .fid import collect_stats, frechet_distance, photo_stats
-from .files import UserError, lookup, write_atomic
+from .files import UserError, check_writable, lookup, write_atomic
 from .generate import LatentDiffusion, class_grid, class_labels, decode, generate, labels_of
 from .landscapes import synthetic_landscapes
 from .latents import show_latents
@@ -389,6 +389,8 @@ def make_figure(
 ) -> Path:
     "Make a figure from finished runs. UserError for a run that it cannot be made from."
     runs = name_runs(folders)
+    path = Path(out or next(iter(runs.values())).folder / f"{name}.png")
+    check_writable(path)
     priors = [run for run in runs.values() if run.config["stage"] == "diffusion"]
     if name in AUTOENCODER_FIGURES:
         if priors:
@@ -399,4 +401,4 @@ def make_figure(
             wanted = "priors" if name == "trends_stage2" else "a prior"
             raise UserError(f"The figure {name} is one of {wanted}: give the run that train-diffusion wrote, and no other.")
         figure = diffusion_figure(name, runs, data, seed)
-    return save_figure(figure, out or next(iter(runs.values())).folder / f"{name}.png")
+    return save_figure(figure, path)

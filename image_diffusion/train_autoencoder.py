@@ -29,7 +29,7 @@ from .discriminator import (GAN_LOSSES, LeCAM, PatchDiscriminator, adaptive_weig
                                            r1_penalty, ramp)
 from .drive import open_run
 from .ema import make_ema
-from .files import UserError, lookup
+from .files import UserError, lookup, lossy_output
 from .perceptual import LPIPS, available_perceptual, psnr, ssim
 from .plots import Figure, plot_runs, save_png
 from .runs import final_metrics, load_network, load_snapshot
@@ -397,6 +397,7 @@ def check_data(data: ImageDataset, size: int, preset: str) -> None:
         raise UserError(f"{data.folder} holds {len(data.images)} photos: training needs at least 20, so that 2 can be held out.")
 
 
+@lossy_output()
 def train_autoencoder(
     data: ImageDataset,       # prepared at the preset's size
     folder: Path,             # the run folder

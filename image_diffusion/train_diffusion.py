@@ -26,7 +26,7 @@ from .drive import open_run
 from .ema import make_ema, make_power_ema
 from .features import Features, available_features, weights_sha256
 from .fid import collect_samples, frechet_distance, kid, photo_stats
-from .files import UserError, lookup
+from .files import UserError, lookup, lossy_output
 from .guidance import guided
 from .latents import LatentDataset, cache_latents
 from .plots import Figure, plot_runs, save_png
@@ -300,6 +300,7 @@ class DiffusionStage(Stage):
                          "noise_levels": self.recipe.noise_levels}
 
 # %% ../nbs/65_train_diffusion.ipynb #95894872
+@lossy_output()
 def train_diffusion(
     data: ImageDataset,
     autoencoder_folder: Path,  # the run folder of a trained autoencoder

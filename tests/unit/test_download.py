@@ -669,7 +669,7 @@ def test_the_resourcekey_of_an_older_link_goes_along_in_every_request(drive, get
     drive.serve("/download", with_key(Served(BODY, None, HALF)))
     assert get(link.format(ID)).read_bytes() == BODY
     assert {request.query.get("resourcekey") for request in drive.asked} == {"0-aBc_D-9"}
-    refused([ID, "whole link", "resourcekey"], get, ID.replace("0123", "4567"))
+    refused(["whole link", "resourcekey"], get, ID.replace("0123", "4567"))
 
 
 @pytest.mark.parametrize("code", [200, 403, 429])

@@ -151,7 +151,7 @@ def test_commands_draw_and_note_their_settings(home, data, prior, tmp_path):
                         (["inpaint", str(photo), str(mask), "--n", "2"], None), (["panorama", "--width", "96"], (96, 32)),
                         (["panorama", "--width", "64", "--wrap"], (64, 32))):
         result = type_in(*words, "--run", run, "--steps", "2", "--out", str(out))
-        assert result.exit_code == 0, result.output
+        assert result.exit_code == 0 and ("To be filled: 25.0%" in result.output) == (words[0] == "inpaint"), result.output
         with Image.open(out) as picture:
             assert json.loads(picture.text["steps"]) == 2 and json.loads(picture.text["seed"]) == 0
             assert json.loads(picture.text["guidance"]) == ([1, 3] if "3" in words and words[0] == "generate" else 2.5)      # never None
@@ -162,13 +162,16 @@ def test_commands_draw_and_note_their_settings(home, data, prior, tmp_path):
 @pytest.mark.parametrize("words, answer", [
     (["generate", "--class", "moon"], "classes are"), (["generate", "--class", "sea", "--guidance", "1", "--guidance", "2"], "leave --class out"), (["generate", "--sampler", "magic"], "known ones are"), (["generate", "--ema", "3"], "between"),
     (["img2img", "nowhere.jpg"], "no image"), (["img2img", "TEXT"], "cannot be used"), (["img2img", "ONE"], "smaller than"), (["inpaint", "PHOTO", "ONE"], "cannot be used"),
-    (["inpaint", "PHOTO", "WIDE"], "photo's size"), (["panorama", "--width", "31"], "multiple"), (["generate", "--autoencoder", "nowhere"], "nowhere")])
+    (["inpaint", "PHOTO", "WIDE"], "photo's size"), (["inpaint", "PHOTO", "BLACK"], "leaves 0%"), (["inpaint", "PHOTO", "CLEAR"], "leaves 100%"),
+    (["panorama", "--width", "31"], "multiple"), (["generate", "--autoencoder", "nowhere"], "nowhere")])
 def test_commands_answer_mistakes_in_one_sentence(home, data, tmp_path, words, answer):
     (tmp_path / "text.jpg").write_text("no picture")
     Image.fromarray(data.images[0]).save(tmp_path / "photo.png")
     Image.new("RGB", (1, 1)).save(tmp_path / "one.png")
     Image.new("L", (64, 32)).save(tmp_path / "wide.png")
-    places = {"TEXT": "text.jpg", "PHOTO": "photo.png", "ONE": "one.png", "WIDE": "wide.png"}
+    Image.new("L", (32, 32)).save(tmp_path / "black.png")
+    Image.new("RGBA", (32, 32)).save(tmp_path / "clear.png")
+    places = {name.upper(): f"{name}.png" for name in ("photo", "one", "wide", "black", "clear")} | {"TEXT": "text.jpg"}
     result = type_in(*(str(tmp_path / places[word]) if word in places else word for word in words), "--run", str(home / "prior"), "--steps", "2")
     assert result.exit_code != 0 and answer in result.output and "Traceback" not in result.output, result.output
     assert not list((home / "prior").glob("*.png"))
