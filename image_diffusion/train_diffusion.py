@@ -210,7 +210,7 @@ def sample_images(stage, labels: torch.Tensor, indices, seed: int, steps: int) -
 
 @torch.no_grad()
 def save_samples(stage, path: Path) -> None:
-    "16 samples, or four of each of the first eight classes, always from the same noise; in `denoising_...` the estimates on the way to four."
+    "16 samples, or four of each of eight classes, always from the same noise; in `denoising_...` the estimates on the way to four."
     classes, model = stage.classes, stage.prior.ema.module
     labels = torch.arange(min(8, len(classes))).repeat_interleave(4) if classes else torch.full((16,), -1)
     labels = labels.to(stage.precision.device)

@@ -24,7 +24,7 @@ from image_diffusion.training import Budget, Precision
 from image_diffusion.unet import UNet
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-T4, PICKED = Precision("cuda", torch.float16), Precision("cuda", torch.bfloat16)       # what `Precision.pick` takes on a T4, and from an A100 on
+T4, PICKED = Precision("cuda", torch.float16), Precision("cuda", torch.bfloat16)    # what `Precision.pick` takes
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +74,7 @@ def test_networks_compute_what_they_do_on_the_cpu(preset, precision, tolerance):
         assert (on_gpu.float().cpu() - on_cpu).square().mean().sqrt() < tolerance * on_cpu.std()
 
 
-def test_the_linear_path_is_placed_as_well_as_on_the_cpu(landscapes):
+def test_the_linear_path_is_initialized_as_well_as_on_the_cpu(landscapes):
     recipe = replace(AUTOENCODERS["tiny-kl"], model=replace(AUTOENCODERS["tiny-kl"].model, linear=True))
     found = []
     for precision in (Precision(), T4):
@@ -109,7 +109,7 @@ def test_both_stages_learn(landscapes, runs, tmp_path, kind, precision):
     fit(stage, run, Budget(steps=200), log_every=25, samples=2)
     records = [record for record in read_metrics(run) if "skipped" in record]
     assert stage.score(final_metrics(run)) > before
-    assert sum(record["skipped"] for record in records[1:]) == 0                            # a new scaler may look for its scale, and then it has it
+    assert sum(record["skipped"] for record in records[1:]) == 0         # a new scaler may look for its scale, and then it has it
     assert all(record["grad_norm"] > 0 for record in records)
     assert ("scale" in records[0]) == (precision == T4)
 

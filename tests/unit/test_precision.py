@@ -37,7 +37,8 @@ def test_on_a_cpu_its_instructions_and_their_speed_decide(monkeypatch, able, bf1
 
 
 def test_only_fp16_scales_its_gradients():
-    assert [Precision("cpu", dtype).scaler().is_enabled() for dtype in (torch.float16, torch.bfloat16, torch.float32)] == [True, False, False]
+    dtypes = torch.float16, torch.bfloat16, torch.float32
+    assert [Precision("cpu", dtype).scaler().is_enabled() for dtype in dtypes] == [True, False, False]
 
 
 def autoencoder_stage(data, precision):
