@@ -75,17 +75,13 @@ class Hours(click.ParamType):
         return hours if hours > 0 else self.fail("a time is above 0", param, ctx)
 
 
-def minutes_or_none(
-    hours: float,  # or None
-):
-    "Hours in minutes."
+def minutes_or_none(hours: float):
+    "Hours, or None, in minutes."
     return None if hours is None else 60 * hours
 
 
-def options(
-    *decorators,  # of `click.option`, in the order of `--help`
-):
-    "One decorator that adds several options."
+def options(*decorators):
+    "One decorator that adds several options, in the order of `--help`."
     return lambda command: functools.reduce(lambda inner, add: add(inner), reversed(decorators), command)
 
 # %% ../nbs/90_cli.ipynb #355e8cb4
@@ -209,11 +205,8 @@ def train_diffusion(data, autoencoder, folder, preset, hours, steps, time_limit,
     click.echo(f"Trained {result['step']} steps: dev loss {result['dev_loss']:.4f}. Run: {folder}")
 
 # %% ../nbs/90_cli.ipynb #3c348119
-def class_name(
-    model,      # LatentDiffusion
-    name: str,  # what the user typed, or None
-) -> str:
-    "The class that is meant; None for no class."
+def class_name(model, name: str) -> str:
+    "The class that the user means; None for no class."
     return (model.classes or [None])[0] if name is None else None if name == "none" else name
 
 

@@ -93,10 +93,8 @@ class LatentDiffusion:
         return panorama(self, class_labels(self, classes, 1).item(), width, **sampling)
 
 # %% ../nbs/70_generate.ipynb #d3c90c44
-def build_networks(
-    config: dict,  # of a diffusion model's snapshot
-) -> torch.nn.ModuleDict:
-    "The network and the latent scale of a config, named as in the snapshot. ValueError for a config that contradicts itself."
+def build_networks(config: dict) -> torch.nn.ModuleDict:
+    "The network and the latent scale of a snapshot's config, named as there. ValueError for a config that contradicts itself."
     unet = UNetConfig(**config["unet"])
     if config["latent_shape"] != [unet.in_ch, unet.size, unet.size] or not 0 < unet.size <= MAX_SIDE:
         raise ValueError("its latents are of another shape than its network's")
@@ -148,11 +146,7 @@ def class_labels(
     return torch.tensor(list(islice(cycle(labels), len(labels) if n is None else n)), device=model.precision.device)
 
 
-def labels_of(
-    model: LatentDiffusion,
-    data: ImageDataset,
-    rows,           # rows of the data
-) -> torch.Tensor:
+def labels_of(model: LatentDiffusion, data: ImageDataset, rows) -> torch.Tensor:
     "The classes of data rows in the model's own numbering, (N,) on its device. UserError if the data have other classes or another size."
     if data.size != model.size:
         raise UserError(f"The photos in {data.folder} are {data.size} px, this model samples {model.size} px: "
@@ -182,11 +176,8 @@ def generate_latents(
 
 
 @torch.no_grad()
-def decode(
-    model: LatentDiffusion,
-    z: torch.Tensor,  # (B,C,h,w) normalized latents
-) -> torch.Tensor:
-    "Images (B,3,H,W) float32 in [-1,1] of normalized latents."
+def decode(model: LatentDiffusion, z: torch.Tensor) -> torch.Tensor:
+    "Images (B,3,H,W) float32 in [-1,1] of normalized latents z (B,C,h,w)."
     with model.precision.autocast():
         return model.autoencoder.decode_latent(model.scale.denormalize(z)).float().clamp(-1, 1)
 
@@ -247,12 +238,8 @@ def guidance_grid(
     return images, model.classes, [f"guidance {g:g}" if i == 0 else "" for g in guidances for i in range(each)]
 
 # %% ../nbs/70_generate.ipynb #77e625d8
-def slerp(
-    a: torch.Tensor,  # (C,h,w) unit noise
-    b: torch.Tensor,  # (C,h,w) unit noise
-    t: float,         # 0 gives a, 1 gives b
-) -> torch.Tensor:
-    "Spherical interpolation of two noises (Shoemake 1985)."
+def slerp(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
+    "Spherical interpolation of two unit noises (C,h,w), from a at t = 0 to b at t = 1 (Shoemake 1985)."
     omega = torch.acos((a.flatten() @ b.flatten() / (a.norm() * b.norm())).clamp(-1, 1))
     if omega < 1e-3:                                            # the same direction: nothing to turn
         return (1 - t) * a + t * b
@@ -294,10 +281,7 @@ def interpolate(
     return batchwise(sample, n, batch_size)
 
 # %% ../nbs/70_generate.ipynb #7f819e96
-def load_photo(
-    path: Path,
-    size: int,  # side that is wanted, px
-) -> torch.Tensor:
+def load_photo(path: Path, size: int) -> torch.Tensor:
     "The middle square of an image file of any size and mode as (1,3,size,size) in [-1,1]. UserError if it is missing or no image."
     if not Path(path).is_file():
         raise UserError(f"There is no image {path}: check the path.")
@@ -308,11 +292,8 @@ def load_photo(
 
 
 @torch.no_grad()
-def encode(
-    model: LatentDiffusion,
-    x: torch.Tensor,  # (B,3,H,W) in [-1,1]
-) -> torch.Tensor:
-    "Normalized latents (B,C,h,w) of images. UserError for another size."
+def encode(model: LatentDiffusion, x: torch.Tensor) -> torch.Tensor:
+    "Normalized latents (B,C,h,w) of images x (B,3,H,W) in [-1,1]. UserError for another size."
     if x.shape[1:] != (3, model.size, model.size):
         raise UserError(f"This model takes images of shape (3, {model.size}, {model.size}), not {tuple(x.shape[1:])}: "
                         "crop and resize them first (`load_photo` does).")
@@ -321,11 +302,8 @@ def encode(
         return model.scale.normalize(model.autoencoder.latent(h)[0].float())
 
 # %% ../nbs/70_generate.ipynb #919feb97
-def strength_sigma(
-    model: LatentDiffusion,
-    strength: float,  # 0 keeps the photo, 1 keeps nothing of it
-) -> float:
-    "The noise level of a strength: that share of the way from the lowest level to the highest, in log sigma. UserError outside (0, 1]."
+def strength_sigma(model: LatentDiffusion, strength: float) -> float:
+    "The noise level at a share of the way from the lowest to the highest, in log sigma: near 0 the photo stays, at 1 nothing of it."
     if not 0 < strength <= 1:
         raise UserError(f"The strength must lie above 0 and be 1 at most, not {strength:g}.")
     return model.sigma_min ** (1 - strength) * model.sigma_max ** strength
@@ -378,7 +356,7 @@ def visible_pixels(
     path: Path,  # an image that `load_photo` can read
     size: int,   # side that is wanted, px
 ) -> tuple:
-    "What an image shows on a black ground, (3,size,size), and how opaque it is, (size,size), both in [0,1] and its middle square; and its sides, px."
+    "The middle square of an image on black, (3,size,size), its opacity, (size,size), both in [0,1], and the sides of the image, px."
     with Image.open(path, formats=FORMATS) as image:
         image = turn_upright(image)
         rgba = image.convert("RGBA") if image.has_transparency_data else to_rgb(image).convert("RGBA")

@@ -45,19 +45,13 @@ def sampling_minutes(
     return min(evaluation_seconds() for _ in range(3)) * EVALUATIONS * images / batch / 60      # the first ones warm up
 
 
-def diffusion_minutes(
-    total: float,     # minutes for everything
-    used: float,      # minutes used so far: preparing and autoencoders
-    sampling: float,  # minutes that sampling will take
-) -> float:
-    "What is left to train the diffusion model; at least a fifth of the total, however long all else takes."
+def diffusion_minutes(total: float, used: float, sampling: float) -> float:
+    "What preparing, the autoencoders and sampling leave of the total for the diffusion model; at least a fifth of it."
     return max(total - used - sampling - min(FINISH_SHARE * total, FINISH_MINUTES), total / 5)
 
 
-def recorded_minutes(
-    folder: Path,  # a stage's run folder
-) -> float:
-    "The length of a stage's training as an earlier session fixed it; None if there was none."
+def recorded_minutes(folder: Path) -> float:
+    "The length of a stage's training as an earlier session fixed it in its run folder; None if there was none."
     from image_diffusion.runs import Run
     return Run.load(folder).config["minutes"] if (folder / "config.json").exists() else None
 
@@ -106,7 +100,8 @@ def train_both_stages(
     run = folder / "prior"
     minutes = recorded_minutes(run) or diffusion_minutes(total, used, sampling_minutes(preset, settings["samples"] + GRID_IMAGES))
     result = train_diffusion(data, folder / f"autoencoder-{kinds[0]}", run, preset, minutes, time_limit=minutes_left(end), **common)
-    click.echo(f"Trained the diffusion model in {result['minutes']:.1f} minutes ({result['step']} steps): dev loss {result['dev_loss']:.4f}.")
+    click.echo(f"Trained the diffusion model in {result['minutes']:.1f} minutes ({result['step']} steps): "
+               f"dev loss {result['dev_loss']:.4f}.")
 
 # %% ../nbs/80_pipeline.ipynb #9932339a
 def sample_and_measure(
@@ -138,15 +133,14 @@ def sample_and_measure(
     return records
 
 # %% ../nbs/80_pipeline.ipynb #d002b98b
-def start_over(
-    folder: Path,  # of a whole run
-) -> None:
+def start_over(folder: Path) -> None:
     "Delete a run if there is one; UserError if the folder holds anything else, so that a wrong path deletes nothing."
     import shutil
     from image_diffusion.runs import Run
     if not folder.exists():
         return
-    if not ((folder / "config.json").exists() and {"source", "preset", "hours", "bottlenecks"} <= Run(folder).config.keys()):   # of any version
+    keys = {"source", "preset", "hours", "bottlenecks"}
+    if not ((folder / "config.json").exists() and keys <= Run(folder).config.keys()):      # of any version
         raise UserError(f"{folder} is not a run of this command: nothing was deleted.")
     shutil.rmtree(folder)
 
@@ -205,9 +199,7 @@ def demo(
     return run("synthetic", folder, "tiny", minutes / 60, ("kl", "vq"), limit=photos, samples=samples, fresh=fresh)
 
 
-def default_folder(
-    source: str,
-) -> Path:
+def default_folder(source: str) -> Path:
     "Where a run on a source is kept unless the user says so: under the root of runs, by the source's name."
     from image_diffusion.data import source_name
     from image_diffusion.drive import runs_root
