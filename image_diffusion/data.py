@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SET_FILES', 'FORMAT_VERSION', 'MAX_SIDE', 'MANIFEST', 'SAVE_SECONDS', 'from_bytes', 'to_bytes', 'gather',
-           'load_batch', 'ImageDataset', 'read_manifest', 'load_prepared', 'plan_synthetic', 'Progress', 'resume',
-           'npy_header', 'write_images', 'save_progress', 'finish_set', 'check_part', 'is_local', 'source_name',
-           'validate_settings', 'check_settings', 'already_prepared', 'pack', 'packed_manifest', 'unpack', 'make_plan',
-           'make_set', 'report_skipped', 'find_prepared', 'prepare']
+           'load_batch', 'ImageDataset', 'read_manifest', 'load_prepared', 'Progress', 'resume', 'npy_header',
+           'write_images', 'save_progress', 'finish_set', 'check_part', 'is_local', 'source_name', 'validate_settings',
+           'check_settings', 'already_prepared', 'pack', 'packed_manifest', 'unpack', 'make_plan', 'make_set',
+           'report_skipped', 'find_prepared', 'prepare']
 
 # %% ../nbs/13_data.ipynb #036eb483
 import io
@@ -20,7 +20,8 @@ import tarfile
 import time
 import warnings
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
+from hashlib import file_digest
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +31,8 @@ from tqdm.auto import tqdm
 
 from .download import SYNTHETIC, archive_kind, drive_id, fetch, is_web, local_name
 from .files import UserError, check_disk, file_sha256, lock, open_array, summarize_error, write_atomic
-from .landscapes import CLASSES, synthetic_landscapes
-from .photos import MIN_SIDE, Plan, in_order, label_settings, open_source, open_tar, plan_photos, read_member, tar_members
+from .photos import (MIN_SIDE, Plan, in_order, label_settings, open_source, open_tar, plan_photos, plan_synthetic,
+                                    read_member, tar_members)
 
 # %% ../nbs/13_data.ipynb #fff44175
 def from_bytes(
@@ -172,20 +173,6 @@ def load_prepared(
         raise UserError(f"the photos prepared in '{folder}' are damaged, or of another version ({summarize_error(error)}); "
                         "delete it and prepare again.") from error
     return ImageDataset(folder, images, labels, manifest)
-
-# %% ../nbs/13_data.ipynb #1948a83f
-def plan_synthetic(settings: dict) -> Plan:
-    "Divide drawn landscapes into chunks; settings as in `plan_photos`, with `limit` for how many."
-    count, size = settings["limit"], settings["size"]
-    classes = list(CLASSES) if settings["labels"] == "folders" else []
-    chunk = max(1, min(80, 2**20 // size**2))   # large images take much memory to draw
-
-    def draw(start):
-        images, labels = synthetic_landscapes(range(start, min(start + chunk, count)), size, settings["split_seed"])
-        labels = labels.tolist() if classes else [-1] * len(images)
-        return [(f"{start + i:06d}", label, image, None) for i, (image, label) in enumerate(zip(images, labels))]
-
-    return Plan(settings | {"source_id": "1"}, classes, count, [], lambda start: (partial(draw, i) for i in range(start, count, chunk)))
 
 # %% ../nbs/13_data.ipynb #83138be2
 SAVE_SECONDS = 5.0
@@ -343,17 +330,27 @@ def pack(
             raise UserError(f"'{file}' holds another set; choose another name or delete it.")
         return file
 
-    def write(path):
-        with tarfile.open(path, "w") as archive:
+    if progress:
+        print(f"Packing {data.folder} into '{file}': {data.images.nbytes / 1e6:,.1f} MB.")
+    part = file.with_name(file.name + ".part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(part, "w") as archive:
             for name in SET_FILES:
                 member = tarfile.TarInfo(name)                     # without the name of the user
                 member.size = (data.folder / name).stat().st_size
                 with open(data.folder / name, "rb") as content:
                     archive.addfile(member, content)
-
-    if progress:
-        print(f"Packing {data.folder} into '{file}': {data.images.nbytes / 1e6:,.1f} MB.")
-    write_atomic(file, write)
+        with open_tar(part) as archive:                            # read it back
+            images = next(member for member in tar_members(archive) if member.name == "images.npy")
+            if file_digest(archive.extractfile(images), "sha256").hexdigest() != data.manifest["sha256"]:
+                raise OSError("it reads back differently from what was written")
+        os.replace(part, file)
+    except OSError as error:
+        raise UserError(f"could not pack the photos into '{file}' ({summarize_error(error)}): free some space, "
+                        "or choose another place.") from error
+    finally:
+        part.unlink(missing_ok=True)
     return file
 
 # %% ../nbs/13_data.ipynb #24d4b0d0

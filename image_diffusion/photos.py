@@ -8,7 +8,7 @@ __all__ = ['MIN_SIDE', 'MAX_FILE_BYTES', 'MAX_PIXELS', 'LARGE_PIXELS', 'LARGE_IM
            'try_photo', 'Photo', 'is_photo_name', 'clean_name', 'printable', 'FolderSource', 'archive_error',
            'ZipSource', 'BoundedReader', 'open_tar', 'tar_members', 'read_member', 'TarSource', 'open_source',
            'folder_labels', 'csv_labels', 'encode_labels', 'label_photos', 'label_settings', 'photo_jobs', 'in_order',
-           'Plan', 'plan_photos']
+           'Plan', 'plan_photos', 'plan_synthetic']
 
 # %% ../nbs/12_photos.ipynb #d05ce3c5
 import bz2
@@ -39,6 +39,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .download import archive_kind
 from .files import UserError, file_sha256
+from .landscapes import CLASSES, synthetic_landscapes
 
 # %% ../nbs/12_photos.ipynb #f7228f3a
 MIN_SIDE = 8                  # pixels; anything smaller is an icon, not a photo
@@ -449,3 +450,17 @@ def plan_photos(
     source_id = hashlib.sha256(listed.encode()).hexdigest()[:16]
     return Plan(settings | {"source_id": source_id}, classes, len(chosen), skipped, lambda start: photo_jobs(
         source, [photos[i] for i in chosen[start:]], numbers[chosen[start:]].tolist(), settings["size"]))
+
+# %% ../nbs/12_photos.ipynb #1948a83f
+def plan_synthetic(settings: dict) -> Plan:
+    "Divide drawn landscapes into chunks; settings as in `plan_photos`, with `limit` for how many."
+    count, size = settings["limit"], settings["size"]
+    classes = list(CLASSES) if settings["labels"] == "folders" else []
+    chunk = max(1, min(80, 2**20 // size**2))   # large images take much memory to draw
+
+    def draw(start):
+        images, labels = synthetic_landscapes(range(start, min(start + chunk, count)), size, settings["split_seed"])
+        labels = labels.tolist() if classes else [-1] * len(images)
+        return [(f"{start + i:06d}", label, image, None) for i, (image, label) in enumerate(zip(images, labels))]
+
+    return Plan(settings | {"source_id": "1"}, classes, count, [], lambda start: (partial(draw, i) for i in range(start, count, chunk)))

@@ -333,7 +333,7 @@ def test_a_packed_file_that_is_damaged(many, tmp_path):
 def test_a_place_that_fills_up_while_packing(many, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="set.tar .*No space left.*free some space"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="set.tar.*No space left.*free some space"):
         patch.setattr(data.os, "replace", full)
         pack(many[1], tmp_path / "set.tar", progress=False)
     assert list(tmp_path.iterdir()) == []
