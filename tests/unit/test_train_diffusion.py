@@ -163,9 +163,13 @@ def test_commands_draw_and_note_their_settings(home, data, prior, tmp_path):
 
 
 @pytest.mark.parametrize("words, answer", [
-    (["generate", "--class", "moon"], "classes are"), (["generate", "--class", "sea", "--guidance", "1", "--guidance", "2"], "leave --class out"), (["generate", "--sampler", "magic"], "known ones are"), (["generate", "--ema", "3"], "between"),
-    (["img2img", "nowhere.jpg"], "no image"), (["img2img", "TEXT"], "cannot be used"), (["img2img", "ONE"], "smaller than"), (["inpaint", "PHOTO", "ONE"], "cannot be used"),
-    (["inpaint", "PHOTO", "WIDE"], "photo's size"), (["inpaint", "PHOTO", "BLACK"], "leaves 0%"), (["inpaint", "PHOTO", "CLEAR"], "leaves 100%"),
+    (["generate", "--class", "moon"], "classes are"),
+    (["generate", "--class", "sea", "--guidance", "1", "--guidance", "2"], "leave --class out"),
+    (["generate", "--sampler", "magic"], "known ones are"), (["generate", "--ema", "3"], "between"),
+    (["img2img", "nowhere.jpg"], "no image"), (["img2img", "TEXT"], "cannot be used"), (["img2img", "ONE"], "smaller than"),
+    (["inpaint", "PHOTO", "ONE"], "cannot be used"),
+    (["inpaint", "PHOTO", "WIDE"], "photo's size"),
+    (["inpaint", "PHOTO", "BLACK"], "leaves 0%"), (["inpaint", "PHOTO", "CLEAR"], "leaves 100%"),
     (["panorama", "--width", "31"], "multiple"), (["generate", "--autoencoder", "nowhere"], "nowhere")])
 def test_commands_answer_mistakes_in_one_sentence(home, data, tmp_path, words, answer):
     (tmp_path / "text.jpg").write_text("no picture")
