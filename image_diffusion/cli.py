@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RENAMED', 'PATH', 'COUNT', 'POSITIVE', 'RUN', 'RUNS', 'SEED', 'DATA', 'TIME_LIMIT', 'SOURCE', 'LENGTH', 'SAMPLER',
-           'GUIDANCE', 'CLASS', 'FIGURES', 'Commands', 'main', 'Hours', 'minutes_or_none', 'options', 'default_run',
-           'demo', 'run_command', 'prepare', 'plan', 'train_autoencoder', 'train_diffusion', 'class_name',
-           'sampling_command', 'generate', 'interpolate', 'img2img', 'inpaint', 'panorama', 'evaluate', 'diagnose',
-           'figure']
+           'GUIDANCE', 'CLASS', 'FIGURES', 'Commands', 'main', 'Hours', 'minutes_or_none', 'options', 'PathType',
+           'default_run', 'demo', 'run_command', 'prepare', 'plan', 'train_autoencoder', 'train_diffusion',
+           'class_name', 'sampling_command', 'generate', 'interpolate', 'img2img', 'inpaint', 'panorama', 'evaluate',
+           'diagnose', 'figure']
 
 # %% ../nbs/90_cli.ipynb #acd8d9c9
 import functools
@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 
 from . import pipeline
-from .files import UserError, check_writable, lossy_output
+from .files import UserError, check_writable, expand, is_writable, lossy_output
 
 # %% ../nbs/90_cli.ipynb #d95b29ac
 RENAMED = {  # spellings from before 0.1.0
@@ -85,7 +85,14 @@ def options(*decorators):
     return lambda command: functools.reduce(lambda inner, add: add(inner), reversed(decorators), command)
 
 # %% ../nbs/90_cli.ipynb #355e8cb4
-PATH, COUNT, POSITIVE = click.Path(path_type=Path), click.IntRange(min=1), click.FloatRange(min=0, min_open=True)
+class PathType(click.Path):
+    "A path in which `~` and environment variables are expanded."
+
+    def convert(self, value, param, ctx):
+        return expand(super().convert(value, param, ctx))
+
+
+PATH, COUNT, POSITIVE = PathType(path_type=Path), click.IntRange(min=1), click.FloatRange(min=0, min_open=True)
 RUN = click.option("--run", "--run-dir", "folder", type=PATH, required=True, help="Run folder.")
 RUNS = click.option("--run", "--run-dir", "folders", required=True, multiple=True, type=PATH, help="Run folder; give several for more.")
 SEED = click.option("--seed", default=0, type=click.IntRange(min=0), help="Seed of everything random.")
@@ -101,7 +108,7 @@ LENGTH = options(
     click.option("--hours", type=Hours(), help="Length of the training in hours, or like 3h30m.  [default: the preset's steps]"),
     click.option("--steps", type=COUNT, help="Length of the training in optimizer steps instead."), TIME_LIMIT)
 SAMPLER = options(
-    click.option("--autoencoder", type=PATH, help="Run folder of the autoencoder.  [default: where it was at training]"),
+    click.option("--autoencoder", type=PATH, help="Run folder of the autoencoder.  [default: where it was at training, or near the run]"),
     click.option("--ema", type=float, help="Relative width of the EMA of weights (EDM2), 0.01 to 0.25.  [default: the run's own]"),
     click.option("--steps", default=20, type=COUNT, help="Noise levels visited per image."),
     click.option("--sampler", default="dpmpp_2m", help="dpmpp_2m, dpmpp_2m_sde, unipc, heun, euler, ddim or ddpm."))
@@ -218,18 +225,19 @@ def sampling_command(
     def load_sample_save(folder, autoencoder, ema, steps, sampler, seed, out, guidance=None, **options):
         from image_diffusion.generate import LatentDiffusion
         from image_diffusion.plots import save_png
-        check_writable(out or folder / "samples.png")
+        place = out or (folder if is_writable(folder) else Path())       # the run may lie where nothing can be written
+        check_writable(place)
         model = LatentDiffusion.from_pretrained(folder, autoencoder, ema=ema)
         sampling = {"seed": seed, "steps": steps, "sampler": sampler, "guidance": model.guidance if guidance is None else guidance}
         images, nrow, stem, settings = command(model, sampling, **options)
-        named = out and not out.is_dir()
-        out = save_png(images, out if named else (out or folder) / f"{stem}-seed{seed}.png", nrow=nrow, replace=bool(named),
+        named = out is not None and not out.is_dir()
+        out = save_png(images, out if named else place / f"{stem}-seed{seed}.png", nrow=nrow, replace=named,
                        info=sampling | settings | {"ema": ema, "training_steps": model.step})
         click.echo(f"Saved {len(images)} image{'s' if len(images) > 1 else ''}: {out}")
     return options(
         click.option("--run", "--run-dir", "folder", type=PATH, required=True, help="Run folder of a trained diffusion model."), SAMPLER,
         click.option("--seed", default=0, type=click.IntRange(min=0), help="Image 17 of a seed is always the same."),
-        click.option("--out", type=PATH, help="PNG to write.  [default: in the run folder]"))(load_sample_save)
+        click.option("--out", type=PATH, help="PNG to write, or a folder for it.  [default: in the run folder]"))(load_sample_save)
 
 # %% ../nbs/90_cli.ipynb #59d664b8
 @main.command()

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SET_FILES', 'FORMAT_VERSION', 'MAX_SIDE', 'MANIFEST', 'SAVE_SECONDS', 'from_bytes', 'to_bytes', 'gather',
            'load_batch', 'ImageDataset', 'read_manifest', 'load_prepared', 'Progress', 'resume', 'npy_header',
-           'write_images', 'save_progress', 'finish_set', 'check_part', 'is_local', 'source_name', 'validate_settings',
-           'check_settings', 'already_prepared', 'pack', 'packed_manifest', 'unpack', 'make_plan', 'make_set',
-           'report_skipped', 'find_prepared', 'prepare']
+           'write_images', 'save_progress', 'finish_set', 'check_part', 'is_local', 'source_name', 'default_name',
+           'validate_settings', 'check_settings', 'already_prepared', 'pack', 'packed_manifest', 'unpack', 'make_plan',
+           'make_set', 'report_skipped', 'find_prepared', 'prepare']
 
 # %% ../nbs/13_data.ipynb #036eb483
 import io
@@ -29,8 +29,8 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .download import SYNTHETIC, archive_kind, drive_id, fetch, is_web, local_name
-from .files import UserError, check_disk, file_sha256, lock, open_array, summarize_error, write_atomic
+from .download import SUFFIXES, SYNTHETIC, archive_kind, drive_id, fetch, is_web, local_name
+from .files import UserError, check_disk, expand, file_sha256, lock, open_array, summarize_error, write_atomic
 from .photos import (MIN_SIDE, Plan, in_order, label_settings, open_source, open_tar, plan_photos, plan_synthetic,
                                     read_member, tar_members)
 
@@ -159,7 +159,7 @@ def load_prepared(
     folder,  # made by `prepare`
 ) -> ImageDataset:
     "Open a prepared set. UserError if it is not whole."
-    folder = Path(folder).expanduser()
+    folder = expand(folder)
     if not (folder / "manifest.json").is_file():
         raise UserError(f"'{folder}' holds no prepared photos (no manifest.json); make them with prepare(source, out, size).")
     try:
@@ -269,7 +269,7 @@ def check_part(part: Path):
 def is_local(source) -> bool:
     "Whether a source can be listed without a download."
     text = str(source).strip()
-    return bool(re.fullmatch(SYNTHETIC, text)) or bool(text) and os.path.exists(os.path.expanduser(text))
+    return bool(re.fullmatch(SYNTHETIC, text)) or bool(text) and os.path.exists(expand(text))
 
 
 def source_name(source) -> str:
@@ -278,12 +278,20 @@ def source_name(source) -> str:
     if re.fullmatch(SYNTHETIC, text):
         return "synthetic"
     is_link = is_web(text) or drive_id(text) and not is_local(text)
-    return local_name(text) if is_link else Path(text).expanduser().resolve().name
+    return local_name(text) if is_link else expand(text).resolve().name
+
+
+def default_name(source) -> str:
+    "A folder's name for what is made from a source: the source's name, without the ending of an archive."
+    name = source_name(source)
+    for ending in SUFFIXES.values():
+        name = re.sub(ending, "", name, flags=re.I)
+    return name.strip(". ") or "run"
 
 
 def validate_settings(source, size: int, limit: int, seed: int, labels) -> dict:
     "What makes two sets equal, as far as it is known before the photos are listed. UserError if it makes no sense."
-    name, labels = source_name(source), str(Path(labels).expanduser())
+    name, labels = source_name(source), str(expand(labels))
     if not MIN_SIDE <= size <= MAX_SIDE or seed < 0 or (limit is not None and limit < 1):
         raise UserError(f"size must be {MIN_SIDE} to {MAX_SIDE}, limit at least 1 and seed at least 0, "
                         f"got size {size}, limit {limit} and seed {seed}.")
@@ -298,8 +306,9 @@ def validate_settings(source, size: int, limit: int, seed: int, labels) -> dict:
 # %% ../nbs/13_data.ipynb #3609fa27
 def check_settings(found: dict, settings: dict, place: Path):
     "See that a set is the one asked for. UserError names each difference."
+    same = "source_id" in settings and found.get("source_id") == settings["source_id"]         # under another name, perhaps
     others = [f"{key} {repr(found.get(key))[:80]}, not {value!r}" for key, value in settings.items()
-              if key != "source_id" and found.get(key) != value]
+              if key != "source_id" and not (key == "source" and same) and found.get(key) != value]
     if not others and found.get("source_id") != settings.get("source_id", found.get("source_id")):
         others = ["the files of the source were others"]
     if others:
@@ -324,7 +333,7 @@ def pack(
     progress: bool = True,  # say what happens
 ) -> Path:
     "Write a set into one file and verify it; a file that holds this set already is left alone."
-    file = Path(file).expanduser().absolute()
+    file = expand(file).absolute()
     if file.exists():
         if packed_manifest(file) | {"seconds": 0} != data.manifest | {"seconds": 0}:
             raise UserError(f"'{file}' holds another set; choose another name or delete it.")
@@ -373,7 +382,7 @@ def unpack(
     progress: bool = True,  # say what happens
 ) -> ImageDataset:
     "Copy a packed set back into a folder, and verify it."
-    file, out = Path(file).expanduser(), Path(out).expanduser().resolve()
+    file, out = expand(file), expand(out).resolve()
     manifest, part = packed_manifest(file), out.with_name(out.name + ".copy")
     if (data := already_prepared(out, {"sha256": manifest["sha256"]})) is not None:
         return data
@@ -405,7 +414,7 @@ def make_plan(source, settings: dict, labels="folders", downloads="downloads", p
         return plan_synthetic(settings)
     if progress and photos.is_file() and archive_kind(photos) == "tar":
         print(f"Reading '{photos}' from front to back to list it.")
-    return plan_photos(open_source(photos), str(Path(labels).expanduser()), settings)
+    return plan_photos(open_source(photos), str(expand(labels)), settings)
 
 
 def make_set(plan: Plan, out: Path, progress: bool, workers: int):
@@ -468,7 +477,7 @@ def prepare(
     packed=None,            # one file, such as on Drive: copied back if it is there, else written when the set is made
 ) -> ImageDataset:
     "Turn photos into one array with labels, split and manifest; the same call again resumes. UserError for what a user can put right."
-    out, packed, data = Path(out).expanduser().resolve(), packed and Path(packed).expanduser().resolve(), None
+    out, packed, data = expand(out).resolve(), packed and expand(packed).resolve(), None
     settings = validate_settings(source, size, limit, seed, labels)
     if packed and (packed.is_dir() or packed == out):
         raise UserError(f"'{packed}' is a folder; the packed set needs the name of a file, such as '{packed / 'photos.tar'}'.")

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from urllib3.exceptions import HTTPError, MaxRetryError, ReadTimeoutError
 from urllib3.util import Retry
 
-from .files import UserError, check_disk, file_sha256, lock, read_json, write_json
+from .files import UserError, check_disk, expand, file_sha256, lock, read_json, write_json
 
 # %% ../nbs/11_download.ipynb #d0c67aa4
 MAGIC = {"zip": rb"PK(\x03\x04|\x05\x06)", "tar": rb"\x1f\x8b|BZh|\xfd7zXZ\0|.{257}ustar"}
@@ -356,7 +356,7 @@ def fetch_link(
     "Download the file behind a link, or find it if it is there already."
     if not (drive_id(link) or is_web(link) and link.isprintable()):
         raise UserError(f"'{redact_link(link)}' was not found; {SOURCES}.")
-    file = Download(link if drive_id(link) else redact_link(link), Path(downloads).expanduser() / local_name(link), progress)
+    file = Download(link if drive_id(link) else redact_link(link), expand(downloads) / local_name(link), progress)
     record = file.read_record()
     if not (file.path.is_file() and file.path.stat().st_size == record.get("size")):
         return download(lambda session: resolve_link(session, link), file, sha256)
@@ -399,7 +399,7 @@ def fetch_lhq_kaggle() -> Path:
 
 def fetch_lhq_huggingface(downloads="downloads", progress: bool = True) -> Path:
     "LHQ at 256 px from Hugging Face: one zip, filled image by image."
-    path = Path(downloads).expanduser() / "lhq-huggingface.zip"
+    path = expand(downloads) / "lhq-huggingface.zip"
     part = path.with_name(path.name + ".part")
     if path.is_file():
         return path
@@ -450,6 +450,6 @@ def fetch(
         return fetch_lhq_kaggle()
     if text == "lhq-huggingface":
         return fetch_lhq_huggingface(downloads, progress)
-    if os.path.exists(os.path.expanduser(text)):
-        return fetch_local(Path(text).expanduser(), sha256)
+    if expand(text).exists():
+        return fetch_local(expand(text), sha256)
     return fetch_link(text.strip(), downloads, sha256, progress)

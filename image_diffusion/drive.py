@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from .files import UserError, file_sha256, lock, write_atomic
+from .files import UserError, expand, file_sha256, lock, write_atomic
 from .runs import (Run, files_after_step, is_valid_metadata, latest_valid_checkpoint,
                                   raise_if_none_valid, retained_checkpoints, settings_of)
 
@@ -38,7 +38,7 @@ def in_colab() -> bool:
 
 def on_drive(folder: Path) -> bool:
     "Whether a folder is on Colab's Google Drive; UserError if it should be and Drive is not mounted."
-    inside = in_colab() and Path(folder).absolute().is_relative_to(DRIVE)
+    inside = in_colab() and expand(folder).absolute().is_relative_to(DRIVE)
     if inside and not os.path.isdir(DRIVE / "MyDrive"):  # making the folder before mounting would make the mount itself fail
         raise UserError("Google Drive is not mounted: run the set-up cell (drive.mount), or set IMAGE_DIFFUSION_HOME to another folder.")
     return inside
@@ -46,13 +46,13 @@ def on_drive(folder: Path) -> bool:
 
 def scratch_folder(folder: Path):
     "The local folder in which a run whose `folder` is on Drive trains; None for a run that is not on Drive."
-    return SCRATCH / Path(folder).absolute().relative_to(DRIVE) if on_drive(folder) else None
+    return SCRATCH / expand(folder).absolute().relative_to(DRIVE) if on_drive(folder) else None
 
 
 def runs_root() -> Path:
     "The folder that holds all runs: `$IMAGE_DIFFUSION_HOME`, else `MyDrive/image_diffusion` in Colab, else `./runs`."
     if home := os.environ.get("IMAGE_DIFFUSION_HOME"):
-        return Path(home)
+        return expand(home)
     root = DRIVE / "MyDrive/image_diffusion"
     return root if on_drive(root) else Path("runs")
 
@@ -68,7 +68,7 @@ def move_aside(folder: Path) -> None:
 
 def open_run(folder: Path, config: dict) -> Run:
     "`Run.open` for a folder that may be on Drive; a local copy that Drive no longer has is moved aside."
-    scratch, new = scratch_folder(folder), settings_of(Path(folder)) is None
+    scratch, new = scratch_folder(folder), settings_of(expand(folder)) is None
     run = Run.open(folder, config)
     if new and scratch:
         move_aside(scratch)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['UserError', 'summarize_error', 'lookup', 'file_sha256', 'write_atomic', 'write_json', 'read_json', 'open_array',
-           'lock', 'check_disk', 'check_writable', 'is_writable', 'LossyOutput', 'lossy_output']
+           'lock', 'expand', 'relative_path', 'check_disk', 'check_writable', 'is_writable', 'LossyOutput',
+           'lossy_output']
 
 # %% ../nbs/00_files.ipynb #820b78c3
 import hashlib
@@ -142,6 +143,24 @@ def lock(
                     file.unlink()
     except Timeout:
         raise UserError(busy) from None
+
+# %% ../nbs/00_files.ipynb #e58c3012
+def expand(
+    path,  # str or Path
+) -> Path:
+    "A path in which `~` and environment variables are replaced by what they stand for; a path that is there as written stays."
+    return Path(path) if os.path.exists(path) else Path(os.path.expanduser(os.path.expandvars(path)))
+
+
+def relative_path(
+    path: Path,
+    start: Path,  # folder
+) -> str:
+    "The way from a folder to a path, with `/`; the whole path where there is no way, as between drives on Windows."
+    try:
+        return Path(os.path.relpath(path, start)).as_posix()
+    except ValueError:
+        return Path(path).absolute().as_posix()
 
 # %% ../nbs/00_files.ipynb #d847022c
 def check_disk(

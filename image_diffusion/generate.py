@@ -22,13 +22,13 @@ from .autoencoder import Autoencoder
 from .data import MAX_SIDE, ImageDataset, from_bytes
 from .diffusion import Denoiser, sigma_range
 from .ema import reconstruct_ema
-from .files import UserError
+from .files import UserError, expand
 from .guidance import inpainted, windowed
 from .latents import LatentScale
 from .photos import FORMATS, crop_and_resize, to_rgb, try_photo, turn_upright
 from .runs import Run, load_network, load_snapshot
 from .sampling import sample_noise
-from .train_autoencoder import load_autoencoder
+from .train_autoencoder import find_autoencoder, load_autoencoder
 from .train_diffusion import GUIDANCE, sample_latents
 from .training import Precision
 from .unet import UNet, UNetConfig
@@ -108,7 +108,7 @@ def build_networks(config: dict) -> torch.nn.ModuleDict:
 
 def load_parts(
     folder: Path,                 # run folder of a diffusion model
-    autoencoder: Path = None,     # run folder of its autoencoder; None: where it was at training, relative to `folder`
+    autoencoder: Path = None,     # run folder of its autoencoder; None: see `find_autoencoder`
     precision: Precision = None,  # None: what is fastest here
     ema: float = None,            # relative width of the EMA (EDM2: post-hoc EMA), see `reconstruct_ema`; None: the run's own
 ) -> dict:
@@ -117,7 +117,7 @@ def load_parts(
     tensors, config = load_snapshot(folder)
     if not {"unet", "noise_levels", "parameterization", "classes", "latent_shape", "autoencoder"} <= config.keys():
         raise UserError(f"{folder} is not the run of a diffusion model: give a folder that train-diffusion wrote.")
-    autoencoder = load_autoencoder(autoencoder or run.folder / str(run.config.get("autoencoder")))
+    autoencoder = load_autoencoder(autoencoder or find_autoencoder(run, config["autoencoder"]))
     if autoencoder.sha256 != config["autoencoder"]:
         raise UserError(f"The autoencoder in {autoencoder.folder} is not the one that this model was trained with: "
                         "give the right one with --autoencoder.")
@@ -283,7 +283,8 @@ def interpolate(
 # %% ../nbs/70_generate.ipynb #7f819e96
 def load_photo(path: Path, size: int) -> torch.Tensor:
     "The middle square of an image file of any size and mode as (1,3,size,size) in [-1,1]. UserError if it is missing or no image."
-    if not Path(path).is_file():
+    path = expand(path)
+    if not path.is_file():
         raise UserError(f"There is no image {path}: check the path.")
     pixels, reason = try_photo(lambda: open(path, "rb"), size)
     if pixels is None:
@@ -372,6 +373,7 @@ def load_mask(
     size: int,    # side that is wanted, px
 ) -> torch.Tensor:
     "The middle square of a mask as (1,1,size,size) of 0 and 1. UserError if it is no image, or of another size than the photo."
+    path, photo = expand(path), expand(photo)
     for file in (path, photo):
         load_photo(file, size)                                                   # by a decoder that is allowed
     (shown, alpha, sides), (pixels, _, photo_sides) = (visible_pixels(file, size) for file in (path, photo))

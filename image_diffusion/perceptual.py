@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .data import to_bytes
-from .files import UserError, file_sha256
+from .files import UserError, expand, file_sha256
 
 # %% ../nbs/24_perceptual.ipynb #661aeeab
 def byte_values(
@@ -159,7 +159,7 @@ class WeightsFile:
     ) -> Path | None:
         "The file on this machine, or None; raises `WeightsError` if `path` or the environment variable names a missing file."
         named = path or os.environ.get(self.env)
-        file = Path(named).expanduser() if named else self.cache_path()
+        file = expand(named) if named else self.cache_path()
         if named and file.is_dir(): file = file/self.cache_path().name
         if file.is_file(): return file
         if named: raise WeightsError(f"{self.what}: there is no weights file {file}; correct the path, or unset ${self.env}.")

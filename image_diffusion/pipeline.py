@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['AUTOENCODER_SHARE', 'FINISH_SHARE', 'FINISH_MINUTES', 'GRID_IMAGES', 'EVALUATIONS', 'sampling_minutes',
            'diffusion_minutes', 'recorded_minutes', 'prepare_photos', 'train_both_stages', 'sample_and_measure',
-           'start_over', 'run', 'demo', 'default_folder']
+           'start_over', 'source_identity', 'run', 'demo', 'default_folder']
 
 # %% ../nbs/80_pipeline.ipynb #aac00422
+import math
 import time
 from pathlib import Path
 
 import click
 
-from .files import UserError, check_writable, lookup
+from .files import UserError, check_writable, expand, lookup
 
 # %% ../nbs/80_pipeline.ipynb #f82c923c
 AUTOENCODER_SHARE = 0.27  # of all the time, in all; two autoencoders share it
@@ -88,6 +89,8 @@ def train_both_stages(
 
     preset, kinds, total, used = settings["preset"], settings["bottlenecks"], 60 * settings["hours"], data.manifest["seconds"] / 60
     common = {"seed": settings["seed"], "save_every_minutes": min(5, total / 10)}
+    prior, images = folder / "prior", settings["samples"] + GRID_IMAGES
+    sampling = math.inf if recorded_minutes(prior) else sampling_minutes(preset, images)
     for kind in kinds:
         run = folder / f"autoencoder-{kind}"
         minutes = recorded_minutes(run) or total * AUTOENCODER_SHARE / len(kinds)
@@ -97,9 +100,10 @@ def train_both_stages(
         codes = f", {result['dev_codes_used']} codes used, perplexity {result['dev_perplexity']:.0f}" if has_codes else ""
         click.echo(f"Trained the {kind.upper()} autoencoder in {result['minutes']:.1f} minutes ({result['step']} steps): "
                    f"dev PSNR {result['dev_psnr']:.2f} dB, SSIM {result['dev_ssim']:.3f}{codes}.")
-    run = folder / "prior"
-    minutes = recorded_minutes(run) or diffusion_minutes(total, used, sampling_minutes(preset, settings["samples"] + GRID_IMAGES))
-    result = train_diffusion(data, folder / f"autoencoder-{kinds[0]}", run, preset, minutes, time_limit=minutes_left(end), **common)
+    if (minutes := recorded_minutes(prior)) is None:
+        sampling = min(sampling, sampling_minutes(preset, images))                     # the machine may have been busy before, or is now
+        minutes = diffusion_minutes(total, used, sampling)
+    result = train_diffusion(data, folder / f"autoencoder-{kinds[0]}", prior, preset, minutes, time_limit=minutes_left(end), **common)
     click.echo(f"Trained the diffusion model in {result['minutes']:.1f} minutes ({result['step']} steps): "
                f"dev loss {result['dev_loss']:.4f}.")
 
@@ -145,6 +149,22 @@ def start_over(folder: Path) -> None:
     shutil.rmtree(folder)
 
 # %% ../nbs/80_pipeline.ipynb #f076f2bb
+def source_identity(
+    source: str,
+    data_settings: dict,  # from `validate_settings`
+    labels: str,
+    downloads: str,
+    there: dict,          # settings of the run that is there; {} if there is none
+) -> str:
+    "What tells two sources apart: the list of their photos, whatever they are called; for a link that need not be fetched again its name."
+    from image_diffusion.data import is_local, make_plan
+    if data_settings["source"] == "synthetic":
+        return source
+    if there and not is_local(source):
+        return there.get("source_id") if there.get("source") == data_settings["source"] else source
+    return make_plan(source, data_settings, labels, downloads).settings["source_id"]
+
+# %% ../nbs/80_pipeline.ipynb #a9232bab
 def run(
     source: str,              # anything that `fetch` takes: a folder, an archive, a link, `lhq`, `synthetic`
     folder: Path,             # the run folder; everything goes there
@@ -160,22 +180,27 @@ def run(
     time_limit=None,          # of this session, such as "3h30m" or minutes: training saves and stops before it is over
 ) -> Path:
     "From photos to a report: prepare, train, sample, measure. Returns the report's path; the same call again resumes."
-    from image_diffusion.data import make_plan, source_name, validate_settings
+    from image_diffusion.data import source_name, validate_settings
     from image_diffusion.drive import open_run
+    from image_diffusion.runs import settings_of
     from image_diffusion.train_autoencoder import PRESETS as AUTOENCODERS, check_data
     from image_diffusion.train_diffusion import PRESETS
     from image_diffusion.fitting import minutes_left, session_end
 
     lookup(PRESETS, preset, "preset")
-    folder, end, size = Path(folder), session_end(time_limit), AUTOENCODERS[f"{preset}-{bottlenecks[0]}"].size
+    folder, end, size = expand(folder), session_end(time_limit), AUTOENCODERS[f"{preset}-{bottlenecks[0]}"].size
     data_settings, report = validate_settings(source, size, limit, 0, labels), folder / "report.html"
     check_writable(folder)
-    if fresh or not (folder / "config.json").exists():
-        make_plan(source, data_settings, labels, downloads)      # a wrong source is told before anything is made or deleted
+    there = {} if fresh else settings_of(folder) or {}
+    source_id = source_identity(source, data_settings, labels, downloads, there)     # a wrong source is told before anything is made or deleted
+    if there.get("source_id", source_id) != source_id:
+        raise UserError(f"{folder} was made from other photos, '{there.get('source')}': give another --run folder for '{source}', "
+                        "or --fresh to start over.")
     if fresh:
         start_over(folder)
     settings = {"source": source if source.startswith("synthetic") else source_name(source), "preset": preset, "hours": hours,
-                "bottlenecks": list(bottlenecks), "limit": limit, "samples": samples, "seed": seed, "labels": data_settings["labels"]}
+                "bottlenecks": list(bottlenecks), "limit": limit, "samples": samples, "seed": seed, "labels": data_settings["labels"],
+                "source_id": source_id}
     whole = open_run(folder, settings)
     if whole.finished:
         click.echo(f"This run is finished: {report} (--fresh starts over).")
@@ -201,6 +226,6 @@ def demo(
 
 def default_folder(source: str) -> Path:
     "Where a run on a source is kept unless the user says so: under the root of runs, by the source's name."
-    from image_diffusion.data import source_name
+    from image_diffusion.data import default_name
     from image_diffusion.drive import runs_root
-    return runs_root() / (source_name(source).strip(".").partition(".")[0] or "run")
+    return runs_root() / default_name(source)

@@ -24,7 +24,7 @@ from PIL.PngImagePlugin import PngInfo
 from matplotlib import figure
 from matplotlib.textpath import TextPath
 
-from .files import write_atomic
+from .files import expand, write_atomic
 
 # %% ../nbs/01_plots.ipynb #5d0e5768
 def image_bytes(
@@ -204,7 +204,7 @@ def save_png(
     replace: bool = True,  # False: an image that is there stays, and the new one gets a free name
 ) -> Path:
     "Write a grid of images to a PNG file with `info` inside it."
-    path, text = Path(path), PngInfo()
+    path, text = expand(path), PngInfo()
     for name, value in (info or {}).items():
         text.add_text(name, value if isinstance(value, str) else json.dumps(value))
     pixels = image_grid(x, nrow, scale=scale)
@@ -218,8 +218,9 @@ def save_figure(
     path,  # file to write, `.png`; its folder is made if missing
 ) -> Path:
     "Write a figure to a PNG file."
-    write_atomic(Path(path), lambda temporary: temporary.write_bytes(figure_png(fig)))
-    return Path(path)
+    path = expand(path)
+    write_atomic(path, lambda temporary: temporary.write_bytes(figure_png(fig)))
+    return path
 
 # %% ../nbs/01_plots.ipynb #56eb319f
 def debiased_ema(

@@ -26,7 +26,7 @@ from .data import ImageDataset, from_bytes, load_batch, load_prepared, to_bytes
 from .diagnostics import DIAGNOSTIC_PANELS, NO_PROBLEMS, diagnose
 from .features import available_features
 from .fid import collect_stats, frechet_distance, photo_stats
-from .files import UserError, check_writable, lookup, write_atomic
+from .files import UserError, check_writable, expand, lookup, write_atomic
 from .generate import LatentDiffusion, class_grid, class_labels, decode, generate, labels_of
 from .landscapes import synthetic_landscapes
 from .latents import show_latents
@@ -162,7 +162,7 @@ def plans(
 ) -> list:
     "The plans of all presets of a name. UserError if there is none."
     texts = [plan_autoencoder(preset) for preset in AUTOENCODERS if name in (preset, preset.rpartition("-")[0])]
-    texts += [plan_diffusion(name)] if name in PRIORS else []
+    texts += [plan_diffusion(name, AUTOENCODERS[f"{name}-kl"].model.z_channels)] if name in PRIORS else []
     return texts or lookup(AUTOENCODERS | PRIORS, name, "preset")
 
 # %% ../nbs/72_report.ipynb #2dca5392
@@ -389,7 +389,7 @@ def make_figure(
 ) -> Path:
     "Make a figure from finished runs. UserError for a run that it cannot be made from."
     runs = name_runs(folders)
-    path = Path(out or next(iter(runs.values())).folder / f"{name}.png")
+    path = expand(out or next(iter(runs.values())).folder / f"{name}.png")
     check_writable(path)
     priors = [run for run in runs.values() if run.config["stage"] == "diffusion"]
     if name in AUTOENCODER_FIGURES:

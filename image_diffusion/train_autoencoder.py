@@ -7,7 +7,8 @@ __all__ = ['LHQ', 'LHQ_FAST', 'LHQ_F8', 'ORIGINAL', 'PHOTOS', 'TINY', 'SMALL_DIS
            'R1_EVERY', 'TRENDS', 'INIT_BATCHES', 'schedule_position', 'DiscriminatorRecipe', 'AutoencoderRecipe',
            'kl_and_vq', 'reconstruction_losses', 'DiscriminatorTrainer', 'AutoencoderLoss', 'codebook_health',
            'reconstruct', 'evaluate_reconstructions', 'AutoencoderTrainer', 'plot_trends', 'AutoencoderStage',
-           'check_data', 'train_autoencoder', 'load_autoencoder', 'autoencoder_step_cost', 'plan_autoencoder']
+           'check_data', 'train_autoencoder', 'find_autoencoder', 'load_autoencoder', 'autoencoder_step_cost',
+           'plan_autoencoder']
 
 # %% ../nbs/50_train_autoencoder.ipynb #57580852
 from dataclasses import asdict, dataclass, replace
@@ -29,10 +30,10 @@ from .discriminator import (GAN_LOSSES, LeCAM, PatchDiscriminator, adaptive_weig
                                            r1_penalty, ramp)
 from .drive import open_run
 from .ema import make_ema
-from .files import UserError, lookup, lossy_output
+from .files import UserError, expand, lookup, lossy_output
 from .perceptual import LPIPS, available_perceptual, psnr, ssim
 from .plots import Figure, plot_runs, save_png
-from .runs import final_metrics, load_network, load_snapshot
+from .runs import Run, final_metrics, load_network, load_snapshot, snapshot_sha256
 from .fitting import fit, session_end
 from .training import Budget, Precision, Stage, Stateful, optimizer_step, seed_step
 
@@ -423,6 +424,22 @@ def train_autoencoder(
     return fit(stage, run, length, f"autoencoder {preset}", save_every_minutes, end=end)
 
 # %% ../nbs/50_train_autoencoder.ipynb #f12c4393
+def find_autoencoder(
+    run: Run,     # of a diffusion model
+    sha256: str,  # of its autoencoder's snapshot
+) -> Path:
+    "A diffusion model's autoencoder: where it was at training, seen from the run, or else near the run. UserError if there is none."
+    hint = run.folder / str(run.config.get("autoencoder")).replace("\\", "/")                # as Windows writes paths
+    above = run.folder.absolute().parent
+    near = (sorted(root.glob(names)) for root, names in ((above, "*/config.json"), (above, "*/*/config.json"), (above.parent, "*/config.json")))
+    folders = (hint, *(path.parent for paths in near for path in paths))
+    found = next((folder for folder in folders if snapshot_sha256(folder) == sha256), hint)
+    if found is hint and snapshot_sha256(hint) is None:
+        raise UserError(f"The autoencoder of {run.folder} is neither in {str(hint)[:300]}, where it was at training, nor near the run: "
+                        "give its folder with --autoencoder, or put it beside the run.")
+    return found
+
+
 def load_autoencoder(
     folder: Path,         # an autoencoder's run folder
     device: str = "cpu",
@@ -432,7 +449,7 @@ def load_autoencoder(
     if not isinstance(config.get("model"), dict) or "bottleneck" not in config["model"]:
         raise UserError(f"{folder} is not the run of an autoencoder: give the folder that train-autoencoder wrote.")
     autoencoder = load_network(lambda: make_autoencoder(AutoencoderConfig(**config["model"])), tensors, folder)
-    autoencoder.folder, autoencoder.sha256, autoencoder.perceptual_loss = Path(folder), config["sha256"], config.get("perceptual")
+    autoencoder.folder, autoencoder.sha256, autoencoder.perceptual_loss = expand(folder), config["sha256"], config.get("perceptual")
     return autoencoder.to(device).eval().requires_grad_(False)
 
 # %% ../nbs/50_train_autoencoder.ipynb #47d98dd2

@@ -8,7 +8,6 @@ __all__ = ['LHQ', 'LHQ_FAST', 'PHOTOS', 'TINY', 'ON_CPU', 'PRESETS', 'GUIDANCE',
            'save_samples', 'plot_trends', 'DiffusionStage', 'train_diffusion', 'plan_diffusion']
 
 # %% ../nbs/65_train_diffusion.ipynb #d7aa884a
-import os
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,9 +25,9 @@ from .drive import open_run
 from .ema import make_ema, make_power_ema
 from .features import Features, available_features, weights_sha256
 from .fid import collect_samples, frechet_distance, kid, photo_stats
-from .files import UserError, lookup, lossy_output
+from .files import UserError, expand, lookup, lossy_output, relative_path
 from .guidance import guided
-from .latents import LatentDataset, cache_latents
+from .latents import LatentDataset, cache_latents, writable_latents_folder
 from .plots import Figure, plot_runs, save_png
 from .runs import Run, final_metrics
 from .sampling import SAMPLERS, SamplingError, sample_noise, sigma_schedule, step_noise
@@ -325,10 +324,10 @@ def train_diffusion(
     recipe = replace(recipe, seed=seed, model=replace(recipe.model, in_ch=autoencoder.bottleneck.z_channels, num_classes=data.num_classes))
     run = open_run(folder, {"stage": "diffusion", "preset": preset, "recipe": asdict(recipe), "minutes": minutes, "steps": length.steps,
                             "data": data.manifest["sha256"], "autoencoder_sha256": autoencoder.sha256,
-                            "autoencoder": os.path.relpath(autoencoder_folder, folder)})
+                            "autoencoder": relative_path(autoencoder.folder, expand(folder))})
     if (numbers := final_metrics(run, ("step", "minutes", "dev_loss"))) is not None:
         return numbers
-    latents = cache_latents(autoencoder, data, device=precision.device)
+    latents = cache_latents(autoencoder, data, writable_latents_folder(autoencoder, data, run.folder), precision.device)
     stage = DiffusionStage(latents, recipe, autoencoder, data.classes, precision)
     if eval_every:
         stage.measure_every, stage.sample_metrics = eval_every, SampleMetrics(data, available_features()[0], eval_samples)
