@@ -132,10 +132,8 @@ MANIFEST = {"source": str, "source_id": str, "labels": str, "size": int, "limit"
             "num_images": int, "num_train": int, "num_dev": int, "classes": list, "sha256": str, "skipped": list, "seconds": (int, float)}
 
 
-def read_manifest(
-    text,  # content of a manifest.json, str or bytes
-) -> dict:
-    "A manifest, checked. ValueError if it is none, or holds what cannot be."
+def read_manifest(text: str | bytes) -> dict:
+    "The content of a manifest.json, checked. ValueError if it is none, or holds what cannot be."
     try:
         manifest = json.loads(text)
     except RecursionError:
@@ -155,10 +153,8 @@ def read_manifest(
     return manifest
 
 # %% ../nbs/13_data.ipynb #a1f09290
-def load_prepared(
-    folder,  # made by `prepare`
-) -> ImageDataset:
-    "Open a prepared set. UserError if it is not whole."
+def load_prepared(folder) -> ImageDataset:
+    "Open a set that `prepare` made. UserError if it is not whole."
     folder = expand(folder)
     if not (folder / "manifest.json").is_file():
         raise UserError(f"'{folder}' holds no prepared photos (no manifest.json); make them with prepare(source, out, size).")
@@ -338,7 +334,6 @@ def pack(
         if packed_manifest(file) | {"seconds": 0} != data.manifest | {"seconds": 0}:
             raise UserError(f"'{file}' holds another set; choose another name or delete it.")
         return file
-
     if progress:
         print(f"Packing {data.folder} into '{file}': {data.images.nbytes / 1e6:,.1f} MB.")
     part = file.with_name(file.name + ".part")
@@ -376,12 +371,8 @@ def packed_manifest(file: Path) -> dict:
         raise UserError(f"'{file}' is no packed set of photos that can be read ({reason}); choose another name.") from error
 
 
-def unpack(
-    file,                   # made by `pack`
-    out,                    # folder to make, on the local disk
-    progress: bool = True,  # say what happens
-) -> ImageDataset:
-    "Copy a packed set back into a folder, and verify it."
+def unpack(file, out, progress: bool = True) -> ImageDataset:
+    "Copy a set that `pack` made into the folder `out`, and verify it."
     file, out = expand(file), expand(out).resolve()
     manifest, part = packed_manifest(file), out.with_name(out.name + ".copy")
     if (data := already_prepared(out, {"sha256": manifest["sha256"]})) is not None:

@@ -191,8 +191,9 @@ def check_num_images(
 ) -> None:
     "UserError for counts at which a Fréchet distance is mostly bias."
     if min(n, n_reference) < MIN_IMAGES and not allow_small_n:
-        raise UserError(f"{n} images against {n_reference} are too few: below {MIN_IMAGES} on either side a Fréchet distance is mostly bias. "
-                        "Give more, or allow it with --allow-small-n, and read the KID and the real-vs-real baseline beside it.")
+        raise UserError(f"{n} images against {n_reference} are too few: below {MIN_IMAGES} on either side a Fréchet distance is "
+                        "mostly bias. Give more, or allow it with --allow-small-n, "
+                        "and read the KID and the real-vs-real baseline beside it.")
 
 
 def bias_curve(

@@ -171,7 +171,8 @@ def printable(text: str) -> str:
 
 # %% ../nbs/12_photos.ipynb #0556551c
 OURS = "written by image_diffusion: a run, or a prepared set"
-OUR_FILES = (("config.json", {"stage", "recipe"}), ("config.json", {"preset", "bottlenecks"}), ("manifest.json", {"format_version", "source_id"}))
+OUR_FILES = (("config.json", {"stage", "recipe"}), ("config.json", {"preset", "bottlenecks"}),
+             ("manifest.json", {"format_version", "source_id"}))
 
 
 def is_ours(folder: Path) -> bool:

@@ -192,7 +192,7 @@ def run(
     data_settings, report = validate_settings(source, size, limit, 0, labels), folder / "report.html"
     check_writable(folder)
     there = {} if fresh else settings_of(folder) or {}
-    source_id = source_identity(source, data_settings, labels, downloads, there)     # a wrong source is told before anything is made or deleted
+    source_id = source_identity(source, data_settings, labels, downloads, there)     # a wrong source is told before anything is deleted
     if there.get("source_id", source_id) != source_id:
         raise UserError(f"{folder} was made from other photos, '{there.get('source')}': give another --run folder for '{source}', "
                         "or --fresh to start over.")

@@ -431,8 +431,8 @@ def find_autoencoder(
     "A diffusion model's autoencoder: where it was at training, seen from the run, or else near the run. UserError if there is none."
     hint = run.folder / str(run.config.get("autoencoder")).replace("\\", "/")                # as Windows writes paths
     above = run.folder.absolute().parent
-    near = (sorted(root.glob(names)) for root, names in ((above, "*/config.json"), (above, "*/*/config.json"), (above.parent, "*/config.json")))
-    folders = (hint, *(path.parent for paths in near for path in paths))
+    places = (above, "*/config.json"), (above, "*/*/config.json"), (above.parent, "*/config.json")
+    folders = (hint, *(path.parent for root, names in places for path in sorted(root.glob(names))))
     found = next((folder for folder in folders if snapshot_sha256(folder) == sha256), hint)
     if found is hint and snapshot_sha256(hint) is None:
         raise UserError(f"The autoencoder of {run.folder} is neither in {str(hint)[:300]}, where it was at training, nor near the run: "

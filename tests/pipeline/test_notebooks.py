@@ -111,12 +111,10 @@ def test_no_exported_cell_is_longer_than_a_screen():
     nothing(f"{name}: {len(lines)} lines: {lines[0]}" for name in NBS for lines in exported(name) if len(lines) > CELL_LINES)
 
 
-@pytest.mark.xfail(strict=False, reason="the rooms are being finished")
 def test_no_notebook_exports_too_much():
     nothing(f"{name}: {total} lines" for name in NBS if (total := sum(map(len, exported(name)))) > ROOM_LINES)
 
 
-@pytest.mark.xfail(strict=False, reason="the rooms are being finished")
 def test_no_line_of_code_is_too_long():
     lines = [(name, line) for name in NBS for source in sources(name, "code") for line in source.splitlines()]
     nothing(f"{name}: {len(line)} columns: {line.strip()[:90]}" for name, line in lines if len(line) > COLUMNS)
