@@ -30,7 +30,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .download import SUFFIXES, SYNTHETIC, archive_kind, drive_id, fetch, is_web, local_name
-from .files import UserError, check_disk, expand, file_sha256, lock, open_array, summarize_error, write_atomic
+from .files import UserError, check_disk, check_writable, expand, file_sha256, lock, lossy_output, open_array, summarize_error, write_atomic
 from .photos import (MIN_SIDE, Plan, in_order, label_settings, open_source, open_tar, plan_photos, plan_synthetic,
                                     read_member, tar_members)
 
@@ -455,6 +455,7 @@ def find_prepared(out: Path, packed, settings: dict, progress: bool):
     return unpack(packed, out, progress)
 
 
+@lossy_output()
 def prepare(
     source,                 # anything that `fetch` takes
     out,                    # folder to make
@@ -472,6 +473,9 @@ def prepare(
     settings = validate_settings(source, size, limit, seed, labels)
     if packed and (packed.is_dir() or packed == out):
         raise UserError(f"'{packed}' is a folder; the packed set needs the name of a file, such as '{packed / 'photos.tar'}'.")
+    for place in (out / "manifest.json", packed):
+        if place and not place.exists():
+            check_writable(place)
     if not is_local(source):   # it need not be there: the set may be here, or packed
         data = find_prepared(out, packed, settings, progress)
     if data is None:

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import nn
 
 from .data import ImageDataset, load_prepared, to_bytes
-from .files import UserError, file_sha256
+from .files import UserError, expand, file_sha256
 from .perceptual import EvalModule, WeightsError, WeightsFile, frozen, load_lite0
 from .photos import FORMATS, open_source, to_rgb, turn_upright
 
@@ -90,7 +90,7 @@ def image_batches(
     if callable(source):
         batches = (source(range(i, min(i + batch_size, count))) for i in range(0, count, batch_size))
     elif isinstance(source, (str, os.PathLike)):
-        batches = folder_batches(Path(source), batch_size)
+        batches = folder_batches(expand(source), batch_size)
     elif isinstance(source, ImageDataset):
         batches = in_batches(source.images, batch_size=batch_size)
     else:

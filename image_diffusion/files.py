@@ -227,8 +227,9 @@ def lossy_output():
             raw = LossyOutput(getattr(stream.buffer, "raw", stream.buffer))
             with suppress(OSError):
                 stream.flush()
-            setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, "backslashreplace",
-                                                line_buffering=stream.line_buffering, write_through=stream.write_through))
+            buffer = raw if stream.write_through else io.BufferedWriter(raw)                  # as it is for sys.stderr
+            setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering,
+                                                write_through=stream.write_through))
     try:
         yield
     finally:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from .files import UserError, check_writable, expand, lookup
+from .files import UserError, check_writable, expand, lookup, lossy_output
 
 # %% ../nbs/80_pipeline.ipynb #f82c923c
 AUTOENCODER_SHARE = 0.27  # of all the time, in all; two autoencoders share it
@@ -165,6 +165,7 @@ def source_identity(
     return make_plan(source, data_settings, labels, downloads).settings["source_id"]
 
 # %% ../nbs/80_pipeline.ipynb #a9232bab
+@lossy_output()
 def run(
     source: str,              # anything that `fetch` takes: a folder, an archive, a link, `lhq`, `synthetic`
     folder: Path,             # the run folder; everything goes there
