@@ -245,7 +245,7 @@ class VectorQuantizer(nn.Module):
         self,
         h,  # (B,z_channels,H,W)
     ):
-        "Quantize with the codes as they are; in training, update them afterwards."
+        "Quantize with the codes as they are; in training, update them afterward."
         with torch.autocast(h.device.type, enabled=False):
             learning = self.training and all_finite(h)
             if learning and not self.codebook.initialized: self.initialize(h)

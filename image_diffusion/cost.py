@@ -70,7 +70,7 @@ def state_bytes(*holders) -> int:
 
 
 def step_cost(
-    stage,         # a training stage just built on the CPU; not to be used afterwards
+    stage,         # a training stage just built on the CPU; not to be used afterward
     step,          # takes one training step of it, called without arguments
 ) -> dict:         # bytes of tensors by purpose, and `macs`
     "Memory at the peak of training and multiply-adds of a step, from two steps on fake tensors (the first makes the optimizer's state)."

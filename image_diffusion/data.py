@@ -133,23 +133,23 @@ MANIFEST = {"source": str, "source_id": str, "labels": str, "size": int, "limit"
 
 
 def read_manifest(text: str | bytes) -> dict:
-    "The content of a manifest.json, checked. ValueError if it is none, or holds what cannot be."
+    "The content of a manifest.json, checked. ValueError if it is none, or a value is missing, of a wrong type or out of range."
     try:
         manifest = json.loads(text)
     except RecursionError:
         manifest = None
     if not isinstance(manifest, dict) or "format_version" not in manifest:
-        raise ValueError("its manifest.json is none")
+        raise ValueError("its manifest.json is no manifest")
     if manifest["format_version"] != FORMAT_VERSION:
         raise ValueError(f"it has format {str(manifest['format_version'])[:20]}, this version reads {FORMAT_VERSION}")
     wrong = [name for name, kind in MANIFEST.items() if not isinstance(manifest.get(name, ...), kind)]
     if wrong:
-        raise ValueError(f"its manifest.json holds what cannot be of {wrong[0]}")
+        raise ValueError(f"its manifest.json has no valid {wrong[0]}")
     texts = [*manifest["classes"], *(s.get(key) if isinstance(s, dict) else s for s in manifest["skipped"] for key in ("name", "reason"))]
     if not (MIN_SIDE <= manifest["size"] <= MAX_SIDE and 0 <= manifest["split_seed"] < 2**63 and 0 <= manifest["seconds"] < 1e12
             and 0 < manifest["num_train"] <= manifest["num_images"] == manifest["num_train"] + manifest["num_dev"]
             and re.fullmatch("[0-9a-f]{64}", manifest["sha256"]) and all(isinstance(text, str) for text in texts)):
-        raise ValueError("its manifest.json holds what cannot be")
+        raise ValueError("its manifest.json has values out of range")
     return manifest
 
 # %% ../nbs/13_data.ipynb #a1f09290
@@ -164,7 +164,7 @@ def load_prepared(folder) -> ImageDataset:
         images = open_array(folder / "images.npy", (count, size, size, 3), np.uint8)
         labels = np.array(open_array(folder / "labels.npy", (count,), np.int16))
         if not -1 <= labels.min() <= labels.max() < len(manifest["classes"]) and (labels != -1).any():
-            raise ValueError("labels.npy names classes that there are not")
+            raise ValueError("labels.npy names classes that do not exist")
     except (OSError, ValueError) as error:
         raise UserError(f"the photos prepared in '{folder}' are damaged, or of another version ({summarize_error(error)}); "
                         "delete it and prepare again.") from error
@@ -460,8 +460,8 @@ def prepare(
     source,                 # anything that `fetch` takes
     out,                    # folder to make
     size: int,              # pixels per side
-    limit: int = None,      # at most this many files, chosen by the seed; None: all, or 4000 drawn landscapes
-    seed: int = 0,          # of the choice, the split, and the drawn landscapes
+    limit: int = None,      # at most this many files, chosen by the seed; None: all, or 4000 synthetic landscapes
+    seed: int = 0,          # of the choice, the split, and the synthetic landscapes
     labels="folders",       # `folders`: the folder names the class; `none`; or a CSV file with lines `name,class`
     progress: bool = True,  # say what happens, with a bar
     workers: int = None,    # threads; None: one per processor core. The result does not depend on it

@@ -148,6 +148,6 @@ def diagnose_runs(
     records = records_of(runs)
     try:
         out = save_figure(plot_diagnostics(records), out or next(iter(runs.values())).folder / "diagnostics.png")
-    except UserError as error:                             # of a run that cannot be written, the sentences are worth the more
+    except UserError as error:                             # a folder that cannot be written: the sentences still count
         out = f"none; {error}"
     return {f"{name} ({runs[name].folder})": diagnose(records[name]) or [NO_PROBLEMS] for name in runs}, out

@@ -6,10 +6,10 @@
 __all__ = ['MAGIC', 'SUFFIXES', 'TIMEOUT', 'RETRY', 'CHUNK', 'HEADERS', 'YANDEX_API', 'YANDEX_LINK', 'DRIVE_URL', 'DRIVE_LINK',
            'DRIVE_NO_FILE', 'SYNTHETIC', 'SOURCES', 'LHQ_URL', 'HUGGINGFACE_BYTES', 'sniff_archive', 'archive_kind',
            'TransientError', 'Remote', 'Download', 'check_status', 'check_is_archive', 'content_range', 'receive',
-           'append', 'describe_error', 'next_retry', 'check_sha256', 'download', 'finish_download', 'resolve_yandex',
-           'drive_id', 'resource_key', 'resolve_drive', 'drive_file_url', 'is_web', 'redact_link', 'local_name',
-           'resolve_link', 'fetch_link', 'fetch_lhq', 'reported', 'fetch_lhq_kaggle', 'fetch_lhq_huggingface',
-           'fetch_local', 'fetch']
+           'append_body', 'describe_error', 'next_retry', 'check_sha256', 'download', 'finish_download',
+           'resolve_yandex', 'drive_id', 'resource_key', 'resolve_drive', 'drive_file_url', 'is_web', 'redact_link',
+           'local_name', 'resolve_link', 'fetch_link', 'fetch_lhq', 'as_user_error', 'fetch_lhq_kaggle',
+           'fetch_lhq_huggingface', 'fetch_local', 'fetch']
 
 # %% ../nbs/11_download.ipynb #4b6029e7
 import hashlib
@@ -99,9 +99,9 @@ class Download:
         return self.part.stat().st_size if self.read_record() and self.part.exists() else 0
 
 # %% ../nbs/11_download.ipynb #2b77dd9a
-def check_status(answer, source: str) -> None:
+def check_status(response, source: str) -> None:
     "TransientError for a busy server, UserError for a refusal."
-    code, status = answer.status_code, f"{answer.status_code} {answer.reason}"
+    code, status = response.status_code, f"{response.status_code} {response.reason}"
     if code in (408, 429) or code >= 500:
         raise TransientError(f"the server answered {status}")
     if code in (401, 403):
@@ -110,11 +110,11 @@ def check_status(answer, source: str) -> None:
         raise UserError(f"there is no file at '{source}' ({status}); check the link, or download it by hand and give its path.")
 
 
-def check_is_archive(answer, head: bytes, size: int, file: Download) -> None:
-    "UserError if the first bytes of an answer cannot be those of an archive."
+def check_is_archive(response, head: bytes, size: int, file: Download) -> None:
+    "UserError if the first bytes of a response cannot be those of an archive."
     if len(head) < min(512, size or 0):
         raise TransientError("the connection broke off")  # too early to tell
-    is_page = re.match(rb"\s*<(!doctype )?html", head, re.I) or "text/html" in answer.headers.get("Content-Type", "")
+    is_page = re.match(rb"\s*<(!doctype )?html", head, re.I) or "text/html" in response.headers.get("Content-Type", "")
     if is_page and not sniff_archive(head, ""):
         raise UserError(f"'{file.source}' gave a web page, not a file; give a link to the file itself.")
     if not sniff_archive(head, file.path.name):
@@ -122,14 +122,14 @@ def check_is_archive(answer, head: bytes, size: int, file: Download) -> None:
 
 
 def content_range(
-    answer,
-) -> tuple:  # first byte sent, bytes of the whole file (None where the answer does not say so), validator (may be empty)
-    "Which part of which version of a file an answer brings (RFC 9110, sections 14.4 and 13.1.5)."
-    tag = answer.headers.get("ETag", "")
-    validator = tag if tag.startswith('"') else answer.headers.get("Last-Modified", "")  # `If-Range` takes no weak ETag
-    if answer.status_code == 200:
-        return 0, answer.raw.length_remaining, validator
-    found = re.match(r"bytes (?:(\d+)-\d+|\*)/(\d+)?", answer.headers.get("Content-Range", ""), re.I)
+    response,
+) -> tuple:  # first byte sent, bytes of the whole file (None where the response does not say so), validator (may be empty)
+    "Which part of which version of a file a response brings (RFC 9110, sections 14.4 and 13.1.5)."
+    tag = response.headers.get("ETag", "")
+    validator = tag if tag.startswith('"') else response.headers.get("Last-Modified", "")  # `If-Range` takes no weak ETag
+    if response.status_code == 200:
+        return 0, response.raw.length_remaining, validator
+    found = re.match(r"bytes (?:(\d+)-\d+|\*)/(\d+)?", response.headers.get("Content-Range", ""), re.I)
     start, size = (number and int(number) for number in found.groups()) if found else (None, None)
     return start, size, validator
 
@@ -140,10 +140,10 @@ def receive(session: requests.Session, remote: Remote, file: Download) -> None:
     if received and received == record["size"]:                                        # the process died just before the last step
         return
     headers = {"Range": f"bytes={received}-", "If-Range": record["validator"] or None} if received else {}
-    with session.get(remote.url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
-        check_status(answer, file.source)
-        start, size, validator = content_range(answer)
-        if answer.status_code == 416 and size == received:                             # nothing is missing
+    with session.get(remote.url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+        check_status(response, file.source)
+        start, size, validator = content_range(response)
+        if response.status_code == 416 and size == received:                           # nothing is missing
             return
         if start not in (0, received) or start and any(
                 new != old for new, old in ((size, record["size"]), (validator, record["validator"])) if new and old):
@@ -152,21 +152,21 @@ def receive(session: requests.Session, remote: Remote, file: Download) -> None:
         size = size or remote.size or (record["size"] if start else None)
         if remote.size not in (None, size):
             raise TransientError(f"the server has {size:,} bytes instead of {remote.size:,}")
-        append(answer, start, size, validator, file)
+        append_body(response, start, size, validator, file)
 
 
-def append(answer, start: int, size: int, validator: str, file: Download) -> None:
-    "Write the answer from byte `start` on, flush it to disk, and check that it is complete."
-    head = answer.raw.read(CHUNK)
+def append_body(response, start: int, size: int, validator: str, file: Download) -> None:
+    "Write the response from byte `start` on, flush it to disk, and check that it is complete."
+    head = response.raw.read(CHUNK)
     if start == 0:
-        check_is_archive(answer, head, size, file)
+        check_is_archive(response, head, size, file)
     check_disk(file.path, (size or 0) - file.num_received, f"the missing bytes of '{file.path.name}'")
     bar = {"unit": "B", "unit_scale": True, "desc": file.path.name, "disable": not file.progress}
     with open(file.part, "ab" if start else "wb") as part, tqdm.wrapattr(part, "write", size, bytes=False, initial=start, **bar) as out:
         if start == 0:                                                                 # opening has emptied an older part
             file.write_record(size=size, validator=validator)
         out.write(head)
-        shutil.copyfileobj(answer.raw, out, CHUNK)
+        shutil.copyfileobj(response.raw, out, CHUNK)
         out.flush()
         os.fsync(out.fileno())
     if size is not None and file.num_received != size:
@@ -255,9 +255,9 @@ def resolve_yandex(session, link: str) -> Remote:
     public_key, path, _ = re.fullmatch(YANDEX_LINK, link).groups()
     query, facts = {"public_key": public_key, "path": unquote(path or "").rstrip("/") or None}, {}
     for endpoint in ("", "/download"):
-        answer = session.get(YANDEX_API + endpoint, params=query, timeout=TIMEOUT)
-        check_status(answer, link)
-        facts |= answer.json()
+        response = session.get(YANDEX_API + endpoint, params=query, timeout=TIMEOUT)
+        check_status(response, link)
+        facts |= response.json()
     if not {"type", "href"} <= facts.keys():
         raise TransientError("Yandex Disk did not say where the file is")
     return Remote(facts["href"], facts.get("size"), facts.get("sha256"))
@@ -292,10 +292,10 @@ def resolve_drive(session, link: str) -> Remote:
     file_id, key = drive_id(link), resource_key(link)
     url = f"{DRIVE_URL}?id={file_id}{key}"
     for _ in range(3):
-        with session.get(url, stream=True, timeout=TIMEOUT) as answer:
-            if answer.ok and "text/html" not in answer.headers.get("Content-Type", ""):
+        with session.get(url, stream=True, timeout=TIMEOUT) as response:
+            if response.ok and "text/html" not in response.headers.get("Content-Type", ""):
                 return Remote(url)
-            url = drive_file_url(answer, file_id)
+            url = drive_file_url(response, file_id)
             url += "" if key.lower() in url.lower() else key
     raise TransientError("Google Drive shows page after page instead of the file")
 
@@ -380,7 +380,7 @@ def fetch_lhq(downloads="downloads", sha256: str = None, progress: bool = True) 
 
 
 @contextmanager
-def reported(source: str, others: str):
+def as_user_error(source: str, others: str):
     "Turn whatever a source's own library raises into a UserError that names the other sources."
     try:
         yield
@@ -393,7 +393,7 @@ def reported(source: str, others: str):
 
 def fetch_lhq_kaggle() -> Path:
     "LHQ at 1024 px from Kaggle: a folder, in Kaggle's own cache."
-    with reported("Kaggle", "'lhq' or 'lhq-huggingface'"):
+    with as_user_error("Kaggle", "'lhq' or 'lhq-huggingface'"):
         return Path(importlib.import_module("kagglehub").dataset_download("dimensi0n/lhq-1024"))
 
 
@@ -404,7 +404,7 @@ def fetch_lhq_huggingface(downloads="downloads", progress: bool = True) -> Path:
     if path.is_file():
         return path
     check_disk(path.parent, HUGGINGFACE_BYTES, "the photos of LHQ from Hugging Face")
-    with reported("Hugging Face", "'lhq' or 'lhq-kaggle'"):
+    with as_user_error("Hugging Face", "'lhq' or 'lhq-kaggle'"):
         datasets = importlib.import_module("datasets")
         rows = datasets.load_dataset("larrygzlb1994/lhq_256", split="train", streaming=True)
         rows = rows.cast_column("image", datasets.Image(decode=False))                 # the files' bytes as they are
@@ -450,6 +450,6 @@ def fetch(
         return fetch_lhq_kaggle()
     if text == "lhq-huggingface":
         return fetch_lhq_huggingface(downloads, progress)
-    if expand(text).exists():
+    if text and os.path.exists(expand(text)):
         return fetch_local(expand(text), sha256)
     return fetch_link(text.strip(), downloads, sha256, progress)

@@ -296,7 +296,7 @@ def collect_samples(
     path: Path = None,       # file for the vectors so far; None: they are lost if the process dies
     key: dict = None,        # what the samples are; JSON-able
     batch_size: int = 64,    # samples at a time
-    save_every: int = 512,   # samples between two saves; `stop` is asked before each
+    save_every: int = 512,   # samples between two saves; `stop` is called before each
     stop=lambda: False,      # whether to stop early
     progress: bool = False,  # show a bar with the time left
 ) -> dict:                   # features' name -> FeatureStats with vectors; of fewer samples if stopped
@@ -330,7 +330,7 @@ def kid(
     f_a: torch.Tensor,  # (N,D) vectors of the images that are evaluated
     f_b: torch.Tensor,  # (M,D) of the reference
 ) -> tuple:             # (value, its standard error)
-    "Unbiased squared MMD with the cubic kernel (Binkowski et al. 2018, eq. 4) and its jackknife error."
+    "Unbiased squared MMD with the cubic kernel (Bińkowski et al. 2018, eq. 4) and its jackknife error."
     n, m = len(f_a), len(f_b)
     if min(n, m) < 3:
         raise UserError(f"A kernel distance and its error need at least 3 images on each side, not {n} and {m}.")
@@ -356,7 +356,7 @@ def prdc(
     k: int = 3,            # neighbors in a ball, for precision and recall
     k_dense: int = 5,      # and for density and coverage
 ) -> dict:                 # precision, recall, density, coverage
-    "Improved precision and recall (Kynkaanniemi et al. 2019, eq. 1-2), density and coverage (Naeem et al. 2020, eq. 3-4)."
+    "Improved precision and recall (Kynkäänniemi et al. 2019, eq. 1-2), density and coverage (Naeem et al. 2020, eq. 3-4)."
     if min(len(f_new), len(f_real)) <= k_dense:
         raise UserError(f"Precision and recall need more than {k_dense} images on each side, not {len(f_new)} and {len(f_real)}.")
     f_new, f_real = (check_features(f, f_new.shape[1]).double() for f in (f_new, f_real))

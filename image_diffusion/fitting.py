@@ -182,7 +182,7 @@ class MetricsLogger:
         path.parent.mkdir(exist_ok=True)
         self.stage.sample(path)
         self.live_sample.show(lambda: Image.open(path))
-        save_ema_snapshot(self.run, tick.step, self.stage.ema_averages())
+        save_ema_snapshot(self.run, tick.step, self.stage.power_emas())
 
 # %% ../nbs/46_fitting.ipynb #b132368b
 MAX_ROLLBACKS = 3

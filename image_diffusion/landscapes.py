@@ -71,7 +71,7 @@ def fractal_texture(
 # %% ../nbs/10_landscapes.ipynb #d2f0f5d0
 def blend(
     image,   # changed in place, (N,3,H,W)
-    color,  # (N,3) or (N,3,H,W)
+    color,   # (N,3) or (N,3,H,W)
     cover,   # 0 keeps the image, 1 replaces it, (N,H,W)
 ):
     "Paint a color over the image where `cover` says so."
@@ -147,7 +147,7 @@ def paint_sun(scene):
 
 
 def paint_clouds(scene, fade):
-    "Add soft clouds that are lit by the light of the day and fade towards the horizon."
+    "Add soft clouds that are lit by the light of the day and fade toward the horizon."
     texture = fractal_texture(scene.rng, scene.y, scene.x, ((4, 2), (8, 4), (16, 8), (32, 16)))
     amount = scene.rng.uniform(0.1, 1.0)[:, None, None]
     cover = smoothstep(texture, amount, amount + 0.7) * (0.9 - 0.6 * fade[:, :, None])
@@ -165,7 +165,7 @@ def finish(
 def paint_layer(
     scene,          # changed in place
     line,           # upper edge of the layer, (N,W)
-    color,         # near and in white light, (N,3)
+    color,          # near and in white light, (N,3)
     distance,       # 0 near, 1 as far as the haze
     mist=0.0,       # how far the foot of the layer fades into the haze, 0..1
 ):
@@ -189,14 +189,14 @@ def paint_flanks(
     wobble=0.05,      # how much the ridge zigzags
     snow_line=None,   # snow lies above, (N,W)
 ):
-    "Paint one mountain or dune: the side towards the sun is lit, the other in shadow."
+    "Paint one mountain or dune: the side toward the sun is lit, the other in shadow."
     start = max(0, int(line.min() * len(scene.y)) - 1)
     y = scene.y[start:]                                                                # (h,)
     depth = y[:, None] - line[:, None]                                                 # (N,h,W)
     fall = y - line.min(1, keepdims=True)                                              # (N,h), below the summit
     ridge = summit[:, None] + lean[:, None] * fall + wobble * fractal_line(scene.rng, scene.y, 3, 3)[:, start:]
-    towards = np.where(scene.sun[:, 0] < 0.5, -1, 1).astype(np.float32)
-    share = smoothstep((scene.x - ridge[..., None]) * towards[:, None, None], -0.012, 0.012)[:, None]    # (N,1,h,W)
+    toward = np.where(scene.sun[:, 0] < 0.5, -1, 1).astype(np.float32)
+    share = smoothstep((scene.x - ridge[..., None]) * toward[:, None, None], -0.012, 0.012)[:, None]    # (N,1,h,W)
     lit, dark = (mix(c * scene.light, scene.haze, distance)[:, :, None, None] for c in (lit, dark))
     color = dark + share * (lit - dark)                                               # (N,3,h,W)
     if snow_line is not None:
@@ -240,7 +240,7 @@ def paint_firs(
     base,      # where the trees stand, (N,)
     height,    # (lowest, tallest) tree
     count,     # trees side by side
-    color,    # (N,3)
+    color,     # (N,3)
     distance,  # 0 near, 1 as far as the haze
 ):
     "A row of firs: one in each of `count` cells, tiers of branches growing wider downwards, one side lit."
@@ -255,8 +255,8 @@ def paint_firs(
     half = 0.27 * tall[:, None] * t * (0.66 + 0.34 * np.mod(t * 5, 1))                 # (N,h,W), half width
     half = np.where(t < 0.92, half, 0.02 * tall[:, None])                              # the trunk
     cover = np.clip((half - np.abs(away)[:, None]) * len(scene.x) + 0.5, 0, 1) * (t > 0) * (t < 1)
-    towards = np.where((away < 0) == (scene.sun[:, :1] < 0.5), 1.2, 0.85) * shade      # (N,W)
-    color = mix(color * scene.light, scene.haze, distance)[:, :, None] * (1 + (1 - distance) * (towards - 1))[:, None]
+    toward = np.where((away < 0) == (scene.sun[:, :1] < 0.5), 1.2, 0.85) * shade       # (N,W)
+    color = mix(color * scene.light, scene.haze, distance)[:, :, None] * (1 + (1 - distance) * (toward - 1))[:, None]
     blend(scene.image[:, :, start:], color[:, :, None].astype(np.float32), cover)
 
 # %% ../nbs/10_landscapes.ipynb #a7fcc72e
@@ -286,7 +286,7 @@ def paint_mirror(
     shore,  # where the water begins, (N,)
     tint,   # color of the water, (N,3)
 ):
-    "A lake that shows what stands behind it, darker and bluer towards us."
+    "A lake that shows what stands behind it, darker and bluer toward us."
     height = len(scene.y)
     waterline = np.rint(shore * height).astype(int)[:, None]                           # (N,1), first row of water
     rows = np.clip(2 * waterline - 1 - np.arange(height), 0, height - 1)               # (N,H), the row seen in each row of water

@@ -470,14 +470,14 @@ def plan_photos(
 
 # %% ../nbs/12_photos.ipynb #1948a83f
 def plan_synthetic(settings: dict) -> Plan:
-    "Divide drawn landscapes into chunks; settings as in `plan_photos`, with `limit` for how many."
+    "Divide synthetic landscapes into chunks; settings as in `plan_photos`, with `limit` for how many."
     count, size = settings["limit"], settings["size"]
     classes = list(CLASSES) if settings["labels"] == "folders" else []
-    chunk = max(1, min(80, 2**20 // size**2))   # large images take much memory to draw
+    chunk = max(1, min(80, 2**20 // size**2))   # large images take much memory to paint
 
-    def draw(start):
+    def paint(start):
         images, labels = synthetic_landscapes(range(start, min(start + chunk, count)), size, settings["split_seed"])
         labels = labels.tolist() if classes else [-1] * len(images)
         return [(f"{start + i:06d}", label, image, None) for i, (image, label) in enumerate(zip(images, labels))]
 
-    return Plan(settings | {"source_id": "1"}, classes, count, [], lambda start: (partial(draw, i) for i in range(start, count, chunk)))
+    return Plan(settings | {"source_id": "1"}, classes, count, [], lambda start: (partial(paint, i) for i in range(start, count, chunk)))

@@ -278,7 +278,7 @@ class DiffusionStage(Stage):
     def evaluate(self) -> dict: return evaluate_denoiser(self)
     def score(self, evaluation: dict) -> float: return -evaluation["dev_loss"]
     def curves(self, records: list) -> Figure: return plot_trends({"prior": records})
-    def ema_averages(self) -> dict: return dict(zip(self.recipe.power_emas, self.prior.averages))
+    def power_emas(self) -> dict: return dict(zip(self.recipe.power_emas, self.prior.averages))
     def sample(self, path: Path) -> None: save_samples(self, path)
 
     def measure(self, run: Run, step: int, stop) -> dict:

@@ -205,7 +205,7 @@ class Stage(Stateful):
         "The learning rate of a step by the recipe, halved by each rollback."
         return learning_rate(step, progress, self.recipe.lr, self.recipe.warmup_steps, self.recipe.final_lr) * 0.5 ** self.rollbacks
 
-    def ema_averages(self) -> dict:
+    def power_emas(self) -> dict:
         "Power-function EMAs by width, of which snapshots are kept; see `reconstruct_ema`."
         return {}
 
