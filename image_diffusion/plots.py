@@ -216,10 +216,12 @@ def save_png(
 def save_figure(
     fig: Figure,
     path,  # file to write, `.png`; its folder is made if missing
+    replace: bool = True,  # see `save_png`
 ) -> Path:
     "Write a figure to a PNG file."
-    path = expand(path)
-    write_atomic(path, lambda temporary: temporary.write_bytes(figure_png(fig)))
+    png = figure_png(fig)
+    path = expand(path) if replace else free_path(expand(path), np.asarray(Image.open(io.BytesIO(png)).convert("RGB")))
+    write_atomic(path, lambda temporary: temporary.write_bytes(png))
     return path
 
 # %% ../nbs/01_plots.ipynb #56eb319f

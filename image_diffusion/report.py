@@ -401,4 +401,4 @@ def make_figure(
             wanted = "priors" if name == "trends_stage2" else "a prior"
             raise UserError(f"The figure {name} is one of {wanted}: give the run that train-diffusion wrote, and no other.")
         figure = diffusion_figure(name, runs, data, seed)
-    return save_figure(figure, path)
+    return save_figure(figure, path, replace=out is not None)
