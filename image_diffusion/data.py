@@ -30,7 +30,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .download import SUFFIXES, SYNTHETIC, archive_kind, drive_id, fetch, is_web, local_name
-from .files import UserError, check_disk, check_writable, expand, file_sha256, lock, lossy_output, open_array, summarize_error, write_atomic
+from .files import (UserError, check_disk, check_writable, expand, file_sha256, lock, lossy_output, open_array,
+                                   summarize_error, write_atomic)
 from .photos import (MIN_SIDE, Plan, in_order, label_settings, open_source, open_tar, plan_photos, plan_synthetic,
                                     read_member, tar_members)
 
@@ -42,10 +43,8 @@ def from_bytes(
     return torch.as_tensor(images).float().div_(127.5).sub_(1).permute(0, 3, 1, 2)
 
 
-def to_bytes(
-    x,  # (B,3,H,W) float in [-1,1]; anything outside is clamped
-) -> torch.Tensor:  # uint8 (B,H,W,3)
-    "Bring images back to bytes, rounding to the nearest level."
+def to_bytes(x) -> torch.Tensor:  # uint8 (B,H,W,3)
+    "Bring images (B,3,H,W) in [-1,1] back to bytes, rounding to the nearest level; anything outside is clamped."
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 # %% ../nbs/13_data.ipynb #0ae08b46
