@@ -22,7 +22,7 @@ from PIL import Image
 from torch import nn
 
 from .data import ImageDataset, load_prepared, to_bytes
-from .files import UserError, expand, file_sha256
+from .files import UserError, expand, file_sha256, lookup
 from .perceptual import EvalModule, WeightsError, WeightsFile, frozen, load_lite0
 from .photos import FORMATS, open_source, to_rgb, turn_upright
 
@@ -98,7 +98,7 @@ def image_batches(
     return map(as_uint8, batches)
 
 # %% ../nbs/30_features.ipynb #6a4affb9
-RESIZES = ("clean", "legacy", "bilinear")
+RESIZES = {"clean": "bicubic", "legacy": None, "bilinear": "bilinear"}   # name -> antialiased kernel; None: that of TensorFlow 1
 
 
 def resized(
@@ -107,12 +107,10 @@ def resized(
     mode: str,        # one of `RESIZES`
 ) -> torch.Tensor:    # (B,3,size,size) float32, not rounded
     "Resize images to a square. UserError for an unknown mode."
-    if mode == "legacy":
+    kernel = lookup(RESIZES, mode, "resizing")
+    if kernel is None:
         from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
         return interpolate_bilinear_2d_like_tensorflow1x(x, (size, size), align_corners=False)
-    if mode not in RESIZES:
-        raise UserError(f"There is no resizing {mode!r}: the known ones are {', '.join(RESIZES)}.")
-    kernel = "bicubic" if mode == "clean" else "bilinear"
     return F.interpolate(x, (size, size), mode=kernel, align_corners=False, antialias=True).clamp(0, 255)
 
 # %% ../nbs/30_features.ipynb #e5786d4e

@@ -148,7 +148,7 @@ def lock(
 def expand(
     path,  # str or Path
 ) -> Path:
-    "A path in which `~` and environment variables are replaced by what they stand for; a path that is there as written stays."
+    "A path with `~` and environment variables expanded; one that exists as written is not changed."
     return Path(path) if os.path.exists(path) else Path(os.path.expanduser(os.path.expandvars(path)))
 
 
@@ -156,7 +156,7 @@ def relative_path(
     path: Path,
     start: Path,  # folder
 ) -> str:
-    "The way from a folder to a path, with `/`; the whole path where there is no way, as between drives on Windows."
+    "A path relative to a folder, with `/`; absolute where no relative one exists, as between drives on Windows."
     try:
         return Path(os.path.relpath(path, start)).as_posix()
     except ValueError:
