@@ -470,8 +470,8 @@ def prepare(
     settings = validate_settings(source, size, limit, seed, labels)
     if packed and (packed.is_dir() or packed == out):
         raise UserError(f"'{packed}' is a folder; the packed set needs the name of a file, such as '{packed / 'photos.tar'}'.")
-    for place in (out / "manifest.json", packed):
-        if place and not place.exists():
+    for place, file in ((out, out / "manifest.json"), (packed, packed)):
+        if place and not file.exists():
             check_writable(place)
     if not is_local(source):   # it need not be there: the set may be here, or packed
         data = find_prepared(out, packed, settings, progress)

@@ -187,7 +187,7 @@ def check_writable(
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"'{path}' cannot be written ({summarize_error(error)}): give a place that can, "
+        raise UserError(f"Cannot write '{path}' ({summarize_error(error)}): choose another folder, "
                         "or connect its disk again.") from error
 
 

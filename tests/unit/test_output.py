@@ -58,13 +58,13 @@ def test_training_in_python_outlives_its_output(prepared, tmp_path):
 def test_a_place_that_cannot_be_written_is_told_before_the_work(whole_run, tmp_path):
     (tmp_path / "file").touch()
     for place in (tmp_path / "file/x.png", tmp_path / "file/a/b/x.png"):
-        with pytest.raises(UserError, match="cannot be written"):
+        with pytest.raises(UserError, match="Cannot write"):
             check_writable(place)
     for words in (["generate", "--run", str(whole_run / "prior"), "--n", "100000"], ["figure", "samplers", "--run", str(whole_run / "prior")]):
         result = type_in(*words, "--out", str(tmp_path / "file/x.png"))
-        assert result.exit_code == 1 and "cannot be written" in result.output and "sample" not in result.output.partition("Error")[0]
+        assert result.exit_code == 1 and "Cannot write" in result.output and "sample" not in result.output.partition("Error")[0]
     result = type_in("run", "nowhere.zip", "--run", str(tmp_path / "file/run"))
-    assert result.exit_code == 1 and "cannot be written" in result.output
+    assert result.exit_code == 1 and "Cannot write" in result.output
 
 
 def test_one_picture_never_replaces_another(whole_run, tmp_path):

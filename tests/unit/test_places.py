@@ -126,5 +126,5 @@ def test_what_cannot_be_written_can_be_used(moved, prepared):
     assert "Trained 2 steps" in answers["train-diffusion0"] and list(home.glob("work/prior/latents-*"))
     assert "PSNR" in answers["evaluate1"] and "not kept" in answers["evaluate1"]
     assert "class accuracy" in answers["evaluate2"] and "not kept" in answers["evaluate2"]
-    assert "Saved 1 image: samples-seed0.png" in answers["generate3"] and "cannot be written" in answers["generate4"]
+    assert "Saved 1 image: samples-seed0.png" in answers["generate3"] and "Cannot write" in answers["generate4"]
     assert "prior (input/prior)" in answers["diagnose5"] and "Figure: none" in answers["diagnose5"]
