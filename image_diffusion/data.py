@@ -253,7 +253,7 @@ def finish_set(part: Path, plan: Plan, state: Progress):
 
 
 def check_part(part: Path):
-    "See that a folder for a set in the making holds nothing else, since it may be deleted."
+    "Check that the folder of an unfinished set holds nothing else, since it may be deleted."
     ours = {*SET_FILES, "progress.json", "progress.json.part"}
     if part.exists() and not (part.is_dir() and {path.name for path in part.iterdir()} <= ours):
         raise UserError(f"'{part}' is in the way and holds something else; move it, or choose another folder to prepare into.")
@@ -465,7 +465,7 @@ def prepare(
     downloads="downloads",  # folder for what `fetch` downloads
     packed=None,            # one file, such as on Drive: copied back if it is there, else written when the set is made
 ) -> ImageDataset:
-    "Turn photos into one array with labels, split and manifest; the same call again resumes. UserError for what a user can put right."
+    "Turn photos into one array with labels, split and manifest; the same call again resumes. UserError for what a user can fix."
     out, packed, data = expand(out).resolve(), packed and expand(packed).resolve(), None
     settings = validate_settings(source, size, limit, seed, labels)
     if packed and (packed.is_dir() or packed == out):

@@ -29,7 +29,7 @@ from .runs import (Run, append_metrics, final_metrics, is_record, load_checkpoin
 from .training import Budget, Stage, Tick, training_loop
 
 # %% ../nbs/46_fitting.ipynb #a076508a
-SPARE_MINUTES = 3    # of a session, for what nobody foresees
+SPARE_MINUTES = 3    # of a session, held back for delays
 
 
 class Interrupted(UserError):

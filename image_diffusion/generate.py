@@ -61,7 +61,7 @@ class LatentDiffusion:
 
     @property
     def guidance(self) -> float:
-        "The default guidance; 1, which is none, where there are no classes to guide towards."
+        "The default guidance; 1, which is none, where there are no classes to guide toward."
         return GUIDANCE if self.classes else 1.0
 
     def sample(self, n: int = 8, classes: list = None, seed: int = 0, **sampling) -> torch.Tensor:
@@ -169,7 +169,7 @@ def generate_latents(
         raise UserError(f"Sampling needs at least one step and one image, not {steps} and {len(labels)}.")
     guidance = model.guidance if guidance is None else guidance
     if not model.classes and (torch.as_tensor(guidance) != 1).any():
-        raise UserError("This model was trained without classes, so that there is nothing to guide towards: leave guidance out.")
+        raise UserError("This model was trained without classes, so that there is nothing to guide toward: leave guidance out.")
     sampling = {"sigma_min": model.sigma_min, "sigma_max": model.sigma_max} | sampling
     with model.precision.autocast():
         return sample_latents(denoiser or model.denoiser, shape or model.latent_shape, labels, indices, guidance=guidance, **sampling)
@@ -251,7 +251,7 @@ def mix_classes(
     other: torch.Tensor,   # (B,) classes at the far end
     t: torch.Tensor,       # (B,) weight of `other`, from 0 to 1
 ):  # `denoise(x, sigma, label)`
-    "Denoise towards a mixture of two classes: of `label`, and of `other`. Two evaluations."
+    "Denoise toward a mixture of two classes: of `label`, and of `other`. Two evaluations."
     def denoise(x, sigma, label=None):
         repeats = len(x) // len(other)                                          # guidance asks for all images twice, then without a class
         far = torch.where(label < 0, label, other.repeat(repeats))              # (B,)

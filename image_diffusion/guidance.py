@@ -66,7 +66,7 @@ def window_indices(
 
 # %% ../nbs/64_guidance.ipynb #55df41ce
 def taper(side: int) -> torch.Tensor:
-    "Weights (side,side) of a window's pixels: they fall from the middle towards the border, and are nowhere 0."
+    "Weights (side,side) of a window's pixels: they fall from the middle toward the border, and are nowhere 0."
     fade = torch.sin(math.pi * (torch.arange(side) + 0.5) / side) ** 2                    # (side,)
     return fade[:, None] * fade
 

@@ -148,7 +148,7 @@ def ddim_step(
     eta: float = 0.0,        # share of fresh noise: 0 = none (DDIM), 1 = as much as the exact reverse process has (DDPM)
     eps=None,                # function without arguments that returns fresh unit noise (B,...); called only if there is some to add
 ) -> torch.Tensor:           # (B,...) state at `sigma_next`
-    "One step towards an estimate (Song et al. 2020, eq. 12, with eq. 16 for the fresh noise) in terms of `sigma`."
+    "One step toward an estimate (Song et al. 2020, eq. 12, with eq. 16 for the fresh noise) in terms of `sigma`."
     sigma_new = eta * sigma_next * math.sqrt(1 - (sigma_next / sigma) ** 2)
     sigma_kept = math.sqrt(sigma_next**2 - sigma_new**2)
     x = denoised + sigma_kept / sigma * (x - denoised)

@@ -164,7 +164,7 @@ class Stateful:
         return {name: getattr(self, name).state_dict() for name in self.parts} | {"precision": str(self.precision)}
 
     def load_state_dict(self, state: dict) -> None:
-        "Restore a state. An optimizer keeps the recipe's settings; a scaler that was off where the state was saved starts anew."
+        "Restore a state. An optimizer keeps the recipe's settings; a scaler that was off where the state was saved starts over."
         self.keep_precision(state["precision"])
         for name in self.parts:
             part = getattr(self, name)

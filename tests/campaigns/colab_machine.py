@@ -85,7 +85,7 @@ class Machine:
         self.manager = AsyncKernelManager(kernel_name="colab", kernel_spec_manager=specs, connection_file=str(self.folder / "kernel.json"))
 
     def run(self, cells, timeout=300):
-        "Run cells in a kernel that starts now and is gone afterwards, with its disk; returns the notebook. Raises what a cell raises."
+        "Run cells in a kernel that starts now and is gone afterward, with its disk; returns the notebook. Raises what a cell raises."
         notebook = nbformat.v4.new_notebook(cells=cells)
         client = Client(notebook, km=self.manager, timeout=timeout, startup_timeout=120)
         client.machine = self

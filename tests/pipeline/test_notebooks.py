@@ -14,7 +14,7 @@ ABSOLUTE_PATH = re.compile(r"(?<![\w/.:])(/[\w.-]+){2,}|\b[A-Z]:\\\\?\w")    # o
 SPACED_SHAPE = re.compile(r"\((?:[A-Z]|\d+), (?:(?:[A-Z]|\d+), )*[A-Z](?:, (?:[A-Z]|\d+))*\)")
 DIALECT = """sitting|at[ _]hand|critics?|leash|wish(?:es)?|doctor|first[ ]attempt|typed[ ]again|type[ ]it[ ]again|yardstick|rescued?|rescues
              |heard|louder|loudly|judges?|judged|judging|in_short|brokendown|set_aside|tryagain"""    # the field has words for these
-BRITISH = r"""\w*colour\w*|grey\w*|neighbour\w*|behaviour\w*|favour\w*|centred?
+BRITISH = r"""towards|afterwards|\w*colour\w*|grey\w*|neighbour\w*|behaviour\w*|favour\w*|centred?
               |\w*(?:normal|parameter|quant|recogn|initial|optim|organ|minim|maxim|random|general)is(?:e|ed|es|er|ers|ing|ation|ations)"""
 NBS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in NOTEBOOKS}
 

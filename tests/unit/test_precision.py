@@ -21,7 +21,7 @@ def test_on_a_gpu_the_capability_decides(monkeypatch, card, capability, dtype):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)      # a T4 says so too, and emulates
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)              # put back afterwards
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)              # put back afterward
     assert Precision.pick() == Precision("cuda", dtype)
 
 

@@ -1,4 +1,4 @@
-"""Stage 2 across modules: recipes, averages chosen afterwards, and the commands that sample."""
+"""Stage 2 across modules: recipes, averages chosen afterward, and the commands that sample."""
 import json
 from dataclasses import replace
 
