@@ -94,7 +94,7 @@ class PathType(click.Path):
 
 PATH, COUNT, POSITIVE = PathType(path_type=Path), click.IntRange(min=1), click.FloatRange(min=0, min_open=True)
 RUN = click.option("--run", "--run-dir", "folder", type=PATH, required=True, help="Run folder.")
-RUNS = click.option("--run", "--run-dir", "folders", required=True, multiple=True, type=PATH, help="Run folder; give several for more.")
+RUNS = click.option("--run", "--run-dir", "folders", required=True, multiple=True, type=PATH, help="Run folder; can be given several times.")
 SEED = click.option("--seed", default=0, type=click.IntRange(min=0), help="Seed of everything random.")
 DATA = click.option("--data", required=True, type=PATH, help="Folder made by `prepare`.")
 TIME_LIMIT = click.option("--time-limit", type=Hours(), help="Time of this session, such as 3h30m: training saves and stops "
@@ -103,14 +103,14 @@ SOURCE = options(
     click.argument("source"),
     click.option("--labels", default="folders", help="Classes: `folders`, `none`, or a CSV file with lines name,class."),
     click.option("--downloads", default="downloads", help="Folder for downloaded files."),
-    click.option("--limit", type=COUNT, help="Use so many photos, a seeded choice.  [default: all]"))
+    click.option("--limit", type=COUNT, help="Use at most this many photos, chosen by the seed.  [default: all]"))
 LENGTH = options(
     click.option("--hours", type=Hours(), help="Length of the training in hours, or like 3h30m.  [default: the preset's steps]"),
     click.option("--steps", type=COUNT, help="Length of the training in optimizer steps instead."), TIME_LIMIT)
 SAMPLER = options(
     click.option("--autoencoder", type=PATH, help="Run folder of the autoencoder.  [default: where it was at training, or near the run]"),
     click.option("--ema", type=float, help="Relative width of the EMA of weights (EDM2), 0.01 to 0.25.  [default: the run's own]"),
-    click.option("--steps", default=20, type=COUNT, help="Noise levels visited per image."),
+    click.option("--steps", default=20, type=COUNT, help="Sampling steps: noise levels visited per image."),
     click.option("--sampler", default="dpmpp_2m", help="dpmpp_2m, dpmpp_2m_sde, unipc, heun, euler, ddim or ddpm."))
 GUIDANCE = click.option("--guidance", type=float, help="Classifier-free guidance: 1 = none; higher is clearer and less varied.  "
                         "[default: 2.5, without classes 1]")
@@ -155,8 +155,8 @@ def run_command(source, labels, downloads, limit, folder, preset, hours, time_li
 @SOURCE
 @click.option("--out", required=True, type=PATH, help="Folder for the prepared data.")
 @click.option("--size", default=128, help="Side of the images, px.")
-@click.option("--seed", default=0, type=click.IntRange(min=0), help="Seed of the choice, and of the split into train and dev.")
-@click.option("--packed", type=PATH, help="One file, such as on Drive: copied back if it exists, else written.")
+@click.option("--seed", default=0, type=click.IntRange(min=0), help="Seed of the choice by --limit, and of the split into train and dev.")
+@click.option("--packed", type=PATH, help="The set as one file, such as on Drive: restored from it if it exists, else written there, too.")
 @click.option("--workers", type=COUNT, help="Threads; the result does not depend on them.  [default: one per core]")
 def prepare(source, labels, downloads, limit, out, size, seed, packed, workers):
     """Turn photos into one array with a train and a dev split. The same command again resumes.
@@ -236,7 +236,7 @@ def sampling_command(
         click.echo(f"Saved {len(images)} image{'s' if len(images) > 1 else ''}: {out}")
     return options(
         click.option("--run", "--run-dir", "folder", type=PATH, required=True, help="Run folder of a trained diffusion model."), SAMPLER,
-        click.option("--seed", default=0, type=click.IntRange(min=0), help="Image 17 of a seed is always the same."),
+        click.option("--seed", default=0, type=click.IntRange(min=0), help="Seed of the noise; image 17 of a seed is always the same."),
         click.option("--out", type=PATH, help="PNG to write, or a folder for it.  [default: in the run folder]"))(load_sample_save)
 
 # %% ../nbs/90_cli.ipynb #59d664b8
@@ -283,11 +283,12 @@ def interpolate(model, sampling, name, to, first, last, n):
 @click.option("--strength", type=float, help="In place of --noise: 0 keeps the photo, 1 keeps nothing of it; 0.5 is noise 0.9.")
 @click.option("--n", default=4, type=COUNT, help="Number of images.")
 def img2img(model, sampling, photo, name, noise, strength, n):
-    "From PHOTO to others like it (SDEdit): add noise, and denoise again."
-    from image_diffusion.generate import load_photo
+    "Sample variations of PHOTO (SDEdit): add noise, and denoise again."
+    from image_diffusion.generate import load_photo, strength_sigma
     x, name = load_photo(photo, model.size).expand(n, -1, -1, -1), class_name(model, name)
-    return (model.img2img(x, [name], sigma=noise, strength=strength, **sampling), n, f"{photo.stem}-img2img",
-            {"photo": photo.name, "classes": name, "noise": noise, "strength": strength})
+    sigma = noise if strength is None else strength_sigma(model, strength)
+    return (model.img2img(x, [name], sigma=sigma, **sampling), n, f"{photo.stem}-img2img",
+            {"photo": photo.name, "classes": name, "noise": sigma})
 
 
 @main.command()
@@ -311,7 +312,7 @@ def inpaint(model, sampling, photo, mask, name, n):
 @sampling_command
 @GUIDANCE
 @CLASS
-@click.option("--width", default=512, type=COUNT, help="px; a multiple of 4, or of 8 with an f = 8 autoencoder.")
+@click.option("--width", default=512, type=COUNT, help="Width, px; a multiple of 4, or of 8 with an f = 8 autoencoder.")
 @click.option("--wrap", is_flag=True, help="All around: the right edge meets the left.")
 def panorama(model, sampling, name, width, wrap):
     "Sample one seamless landscape of any width."
@@ -363,7 +364,7 @@ FIGURES = ["trends", "stage1", "latents", "codebook", "stage2", "denoising", "pa
 @click.option("--out", type=PATH, help="PNG to write.  [default: NAME.png in the first run's folder]")
 @click.option("--data", type=PATH, help="Folder made by `prepare`, whose dev photos are the originals; "
               "do not publish photos of others.  [default: synthetic landscapes]")
-@click.option("--seed", default=0, type=click.IntRange(min=0), help="Seed of the synthetic landscapes.")
+@click.option("--seed", default=0, type=click.IntRange(min=0), help="Seed of the synthetic landscapes or samples.")
 def figure(name, folders, out, data, seed):
     """Make a figure from finished runs. Stage 1: autoencoders, KL, VQ, or both (give --run twice). Stage 2: a diffusion model.
 

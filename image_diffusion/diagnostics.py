@@ -136,7 +136,7 @@ def plot_diagnostics(
     only: tuple = None,  # titles of the panels to show; None: all that any run has numbers for
 ) -> Figure:
     "The metrics behind the diagnosis: one row per run, one scale per column."
-    return plot_runs(runs, {title: keys for title, keys in DIAGNOSTIC_PANELS.items() if only is None or title in only}, smooth=0.6)
+    return plot_runs(runs, {title: DIAGNOSTIC_PANELS[title] for title in only or DIAGNOSTIC_PANELS}, smooth=0.6)
 
 # %% ../nbs/43_diagnostics.ipynb #d93200bf
 def diagnose_runs(

@@ -247,7 +247,7 @@ def evaluate_192_images(
     data: ImageDataset,
     precision: Precision = Precision(),
 ) -> list:
-    "Records of that project's reconstruction FID, of all dev photos against the first 192; `baseline` is that of perfect reconstructions."
+    "Records of the rFID of all dev photos against the first 192; `baseline` is that of perfect reconstructions."
     mean, logvar = encode_photos(autoencoder, data, data.dev, precision)
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
     images = decode_latents(autoencoder, mean if logvar is None else mean + torch.exp(logvar / 2) * noise, precision, to_bytes_truncated)
@@ -340,17 +340,18 @@ def evaluate_run(
     precision, kind = Precision.pick(), kind_of_run(Run.load(folder).config)
     if kind is None:
         raise UserError(f"{folder} is not the run of one training: give another --run.")
-    if kind == "prior" and protocol == "192-images":
-        raise UserError(f"{folder} is the run of a prior, and the protocol 192-images needs that of an autoencoder: give another --run.")
-    model = LatentDiffusion.from_pretrained(folder, autoencoder, precision, ema) if kind == "prior" else load_autoencoder(folder)
-    settings = {"count": count or (2048 if kind == "prior" else len(data.dev)), "allow_small_n": allow_small_n}
-    settings |= sampling if kind == "prior" else {}
+    if kind == "diffusion" and protocol == "192-images":
+        raise UserError(f"{folder} is the run of a diffusion model, and the protocol 192-images needs that of an autoencoder: "
+                        "give another --run.")
+    model = LatentDiffusion.from_pretrained(folder, autoencoder, precision, ema) if kind == "diffusion" else load_autoencoder(folder)
+    settings = {"count": count or (2048 if kind == "diffusion" else len(data.dev)), "allow_small_n": allow_small_n}
+    settings |= sampling if kind == "diffusion" else {}
     context = evaluation_context(model, data, precision, protocol=protocol, ema=ema, **settings)
     path, figure = model.folder / "evaluation" / f"{protocol}-n{settings['count']}-{key_digest(context)}.json", None
     if path.exists():
         show(read_json(path)["records"])
         return path, read_json(path)
-    if kind == "prior":
+    if kind == "diffusion":
         vectors = path.with_suffix(".npz") if is_writable(path) else None
         records = evaluate_diffusion(model, data, **settings, curves=True, vectors=vectors, key=context)
         figure = plot_evaluation(records)

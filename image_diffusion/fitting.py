@@ -256,10 +256,10 @@ def roll_back(checkpoints: Checkpointer, tick: Tick, why: TrainingDiverged) -> t
     rollbacks = checkpoints.stage.rollbacks + 1
     step, _ = checkpoints.restore(load_checkpoint(checkpoints.run))
     if rollbacks > MAX_ROLLBACKS:
-        raise UserError(f"Training broke down {rollbacks} times, at last at step {tick.step} ({why}): start another run with a lower lr, "
+        raise UserError(f"Training diverged {rollbacks} times, at last at step {tick.step} ({why}): start another run with a lower lr, "
                         f"and look for broken images. The checkpoints in {checkpoints.run.folder} are as they were.") from why
     checkpoints.stage.rollbacks, checkpoints.log.skipped = rollbacks, 0
-    print(f"Training broke down at step {tick.step}: going back to step {step}, with half the learning rate.")
+    print(f"Training diverged at step {tick.step}: going back to step {step}, with half the learning rate.")
     return step, tick.seconds
 
 

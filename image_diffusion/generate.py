@@ -77,7 +77,7 @@ class LatentDiffusion:
         return decode(self, z).cpu()
 
     def img2img(self, x: torch.Tensor, classes: list = None, **sampling) -> torch.Tensor:
-        "Other images like the photos x (B,3,H,W); how much may change is said by `strength` or `sigma`, see `img2img`."
+        "Other images like the photos x (B,3,H,W); `strength` or `sigma` sets how much may change, see `img2img`."
         return img2img(self, x, class_labels(self, classes, len(x)), **sampling)
 
     def inpaint(self, x: torch.Tensor, mask: torch.Tensor, classes: list = None, **sampling) -> torch.Tensor:
@@ -123,7 +123,7 @@ def load_parts(
                         "give the right one with --autoencoder.")
     networks = load_network(lambda: build_networks(config), tensors if ema is None else tensors | reconstruct_ema(folder, ema), folder)
     if not (networks["scale"].std > 0).all() or autoencoder.bottleneck.z_channels != config["latent_shape"][0]:
-        raise UserError(f"The snapshot in {folder} has a latent scale that cannot be, or that of another autoencoder: "
+        raise UserError(f"The snapshot in {folder} has an impossible latent scale, or that of another autoencoder: "
                         "restore it from a copy, or train it again.")
     parts = {"denoiser": Denoiser(networks["net"], config["parameterization"]), "scale": networks["scale"], "autoencoder": autoencoder}
     parts = {name: precision.place(module).eval().requires_grad_(False) for name, module in parts.items()}
@@ -241,7 +241,7 @@ def guidance_grid(
 def slerp(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
     "Spherical interpolation of two unit noises (C,h,w), from a at t = 0 to b at t = 1 (Shoemake 1985)."
     omega = torch.acos((a.flatten() @ b.flatten() / (a.norm() * b.norm())).clamp(-1, 1))
-    if omega < 1e-3:                                            # the same direction: nothing to turn
+    if omega < 1e-3:                                            # the same direction
         return (1 - t) * a + t * b
     return (torch.sin((1 - t) * omega) * a + torch.sin(t * omega) * b) / torch.sin(omega)
 
@@ -306,14 +306,14 @@ def encode(model: LatentDiffusion, x: torch.Tensor) -> torch.Tensor:
 def strength_sigma(model: LatentDiffusion, strength: float) -> float:
     "The noise level at a share of the way from the lowest to the highest, in log sigma: near 0 the photo stays, at 1 nothing of it."
     if not 0 < strength <= 1:
-        raise UserError(f"The strength must lie above 0 and be 1 at most, not {strength:g}.")
+        raise UserError(f"The strength must be above 0 and at most 1, not {strength:g}.")
     return model.sigma_min ** (1 - strength) * model.sigma_max ** strength
 
 
 def img2img(
     model: LatentDiffusion,
     x: torch.Tensor,         # (B,3,H,W) photos in [-1,1]
-    labels: torch.Tensor,    # (B,) what they shall become, from `class_labels`
+    labels: torch.Tensor,    # (B,) their classes afterwards, from `class_labels`
     sigma: float = 1.0,      # noise level to start from, in standard deviations of the latents
     strength: float = None,  # the same as a share, in place of `sigma`: see `strength_sigma`
     batch_size: int = 64,    # images sampled at a time
@@ -322,7 +322,7 @@ def img2img(
     "Add noise to photos and denoise them again (SDEdit, Meng et al. 2022): images (B,3,H,W). UserError for a level that was not trained."
     sigma = sigma if strength is None else strength_sigma(model, strength)
     if not model.sigma_min < sigma <= model.sigma_max * 1.001:
-        raise UserError(f"The noise level must lie above {model.sigma_min:.2g} and be {model.sigma_max:.4g} at most, not {sigma:g}.")
+        raise UserError(f"The noise level must be above {model.sigma_min:.2g} and at most {model.sigma_max:.4g}, not {sigma:g}.")
     def sample(batch):
         z, indices = encode(model, x[batch]), range(batch.start, batch.stop)
         return decode(model, generate_latents(model, labels[batch], indices, start=z, sigma_max=min(sigma, model.sigma_max), **sampling))
@@ -333,7 +333,7 @@ def inpaint(
     model: LatentDiffusion,
     x: torch.Tensor,       # (B,3,H,W) photos in [-1,1]
     mask: torch.Tensor,    # (1 or B,1,H,W): 1 = to be filled, 0 = known
-    labels: torch.Tensor,  # (B,) what shall be filled in, from `class_labels`
+    labels: torch.Tensor,  # (B,) classes of what is filled in, from `class_labels`
     batch_size: int = 64,  # images sampled at a time
     **sampling,            # of `generate_latents`
 ) -> torch.Tensor:

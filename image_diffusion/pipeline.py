@@ -18,8 +18,8 @@ from .files import UserError, check_writable, expand, lookup, lossy_output
 
 # %% ../nbs/80_pipeline.ipynb #f82c923c
 AUTOENCODER_SHARE = 0.27  # of all the time, in all; two autoencoders share it
-FINISH_SHARE = 0.08       # kept back for encoding, measuring and the report ...
-FINISH_MINUTES = 8        # ... but at most so much
+FINISH_SHARE = 0.08       # reserved for encoding, measuring and the report ...
+FINISH_MINUTES = 8        # ... but at most this much
 GRID_IMAGES = 80          # in the final grids, beside the samples that are measured
 EVALUATIONS = 26          # of the network for an image: 20 steps, six of them guided
 
@@ -172,7 +172,7 @@ def run(
     preset: str = "photos64",
     hours: float = 2.0,       # for everything, from preparing to the report
     bottlenecks: tuple = ("kl",),  # autoencoders to train; the first is the diffusion model's
-    limit: int = None,        # use so many photos
+    limit: int = None,        # use at most this many photos
     samples: int = 512,       # images sampled to measure the distance to the dev photos
     seed: int = 0,
     fresh: bool = False,      # delete what an earlier run left in the folder

@@ -36,8 +36,8 @@ from .runs import Run, name_runs, read_metrics, records_of
 from .sampling import SAMPLERS, num_evaluations
 from .train_autoencoder import (PRESETS as AUTOENCODERS, TRENDS, load_autoencoder, plan_autoencoder,
                                                plot_trends)
-from .train_diffusion import (PRESETS as PRIORS, TRENDS as PRIOR_TRENDS, plan_diffusion,
-                                             plot_trends as plot_prior_trends, sample_strip)
+from .train_diffusion import (PRESETS as DIFFUSION_PRESETS, TRENDS as DIFFUSION_TRENDS, plan_diffusion,
+                                             plot_trends as plot_diffusion_trends, sample_strip)
 
 # %% ../nbs/72_report.ipynb #15fff063
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
@@ -162,11 +162,11 @@ def plans(
 ) -> list:
     "The plans of all presets of a name. UserError if there is none."
     texts = [plan_autoencoder(preset) for preset in AUTOENCODERS if name in (preset, preset.rpartition("-")[0])]
-    texts += [plan_diffusion(name, AUTOENCODERS[f"{name}-kl"].model.z_channels)] if name in PRIORS else []
-    return texts or lookup(AUTOENCODERS | PRIORS, name, "preset")
+    texts += [plan_diffusion(name, AUTOENCODERS[f"{name}-kl"].model.z_channels)] if name in DIFFUSION_PRESETS else []
+    return texts or lookup(AUTOENCODERS | DIFFUSION_PRESETS, name, "preset")
 
 # %% ../nbs/72_report.ipynb #2dca5392
-PANELS = {"autoencoder": TRENDS, "diffusion": PRIOR_TRENDS}
+PANELS = {"autoencoder": TRENDS, "diffusion": DIFFUSION_TRENDS}
 
 
 def panels_png(
@@ -226,7 +226,7 @@ def build_report(
     images, names = grid
     samples = show_images(images, nrow=len(images) // (len(names) or 4), row_labels=names or None)
     photos = load_batch(data.images, data.dev[:8], model.precision.device)
-    sections = [Section("Landscapes that did not exist before", "One row per class." if names else "", (figure_png(samples),)),
+    sections = [Section("Samples", "One row per class." if names else "", (figure_png(samples),)),
                 Section("Metrics", "The real-vs-real baseline is that of as many real train photos.", table=list(map(metric_row, records))),
                 Section("Reconstructions", "Held-out photos.", (figure_png(show_reconstructions(autoencoders, photos)),))]
     if codebooks := with_codebook(autoencoders):
@@ -371,7 +371,7 @@ def diffusion_figure(
 ) -> Figure:
     "A figure of stage 2. UserError if `samplers` has no data."
     if name == "trends_stage2":
-        return plot_prior_trends(records_of(runs))
+        return plot_diffusion_trends(records_of(runs))
     if name == "samplers" and data is None:
         raise UserError("The figure samplers compares samples with photos: give the prepared set with --data.")
     model = LatentDiffusion.from_pretrained(next(iter(runs.values())).folder)
@@ -391,14 +391,14 @@ def make_figure(
     runs = name_runs(folders)
     path = expand(out or next(iter(runs.values())).folder / f"{name}.png")
     check_writable(path)
-    priors = [run for run in runs.values() if run.config["stage"] == "diffusion"]
+    diffusion_runs = [run for run in runs.values() if run.config["stage"] == "diffusion"]
     if name in AUTOENCODER_FIGURES:
-        if priors:
-            raise UserError(f"The figure {name} is one of autoencoders: leave the run of the prior out.")
+        if diffusion_runs:
+            raise UserError(f"The figure {name} shows autoencoders: leave the run of the diffusion model out.")
         figure = AUTOENCODER_FIGURES[name](runs, originals(runs, data, seed))
     else:
-        if len(priors) < len(runs) or (name != "trends_stage2" and len(runs) > 1):
-            wanted = "priors" if name == "trends_stage2" else "a prior"
-            raise UserError(f"The figure {name} is one of {wanted}: give the run that train-diffusion wrote, and no other.")
+        if len(diffusion_runs) < len(runs) or (name != "trends_stage2" and len(runs) > 1):
+            wanted = "diffusion models" if name == "trends_stage2" else "one diffusion model"
+            raise UserError(f"The figure {name} shows {wanted}: give the run that train-diffusion wrote, and no other.")
         figure = diffusion_figure(name, runs, data, seed)
     return save_figure(figure, path, replace=out is not None)

@@ -388,10 +388,10 @@ def load_network(
 
 # %% ../nbs/40_runs.ipynb #2a8acce9
 def kind_of_run(config: dict):
-    "KL, VQ, FSQ or prior, by the settings of a run; None for anything else."
+    "KL, VQ, FSQ or diffusion, by the settings of a run; None for anything else."
     with suppress(KeyError, TypeError, AttributeError):
         if config["stage"] == "diffusion":
-            return "prior"
+            return "diffusion"
         if config["stage"] == "autoencoder" and 0 < config["recipe"]["size"] <= MAX_SIDE:
             return config["recipe"]["model"]["bottleneck"].upper()
 
@@ -401,7 +401,7 @@ def name_runs(folders) -> dict:
     runs = [Run.load(folder) for folder in folders]
     kinds = [kind_of_run(run.config) for run in runs]
     if other := [run.folder for run, kind in zip(runs, kinds) if kind is None]:
-        raise UserError(f"{other[0]} is not the run of one training: give the folder of an autoencoder or a prior, "
+        raise UserError(f"{other[0]} is not the run of one training: give the folder of an autoencoder or of a diffusion model, "
                         f"such as {other[0] / 'autoencoder-kl'}.")
     return {kind if kinds.count(kind) == 1 else f"{kind} {run.folder}": run for kind, run in zip(kinds, runs)}
 

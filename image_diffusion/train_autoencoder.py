@@ -419,7 +419,7 @@ def train_autoencoder(
         return numbers
     perceptual, name = available_perceptual() if recipe.perceptual_weight else (None, None)
     if perceptual is None and name:
-        print(f"Training goes on without a perceptual loss: {name}")
+        print(f"Training without a perceptual loss: {name}")
     stage = AutoencoderStage(data, recipe, Precision.pick(), perceptual, name if perceptual else None)
     return fit(stage, run, length, f"autoencoder {preset}", save_every_minutes, end=end)
 

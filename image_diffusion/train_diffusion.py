@@ -39,7 +39,7 @@ from .unet import UNet, UNetConfig
 # %% ../nbs/65_train_diffusion.ipynb #06aacf35
 @dataclass(frozen=True)
 class DiffusionRecipe:
-    "How a prior is trained; a row of `PRESETS`."
+    "How a diffusion model is trained; a row of `PRESETS`."
     model: UNetConfig
     parameterization: str = "v"   # what the network predicts: a key of `PARAMETERIZATIONS`
     noise_levels: str = "cosine"  # distribution of sigma in training: a key of `NOISE_LEVELS`
@@ -84,13 +84,13 @@ def sample_latents(
     labels: torch.Tensor,  # (B,) class of each sample, -1 = none
     indices,               # (B,) which samples of the seed; sample 17 is the same in any batch
     seed: int = 0,
-    guidance=GUIDANCE,      # 1 = none; a number, or (B,) one per sample; without classes it has no effect
-    steps: int = 20,        # noise levels visited; a network evaluation each (Heun: two), of double batch where guidance acts
-    sampler: str = "dpmpp_2m",   # a key of `SAMPLERS`
-    schedule: str = "log_snr",   # a key of `SIGMA_SCHEDULES`
-    sigma_min: float = SIGMA_MIN,  # lowest noise level visited
-    sigma_max: float = SIGMA_MAX,  # highest noise level visited
-    interval: tuple = GUIDANCE_INTERVAL,    # noise levels (above, up to) with guidance
+    guidance=GUIDANCE,     # 1 = none; a number, or (B,) one per sample; without classes it has no effect
+    steps: int = 20,       # noise levels visited; a network evaluation each (Heun: two), of double batch where guidance acts
+    sampler: str = "dpmpp_2m",            # a key of `SAMPLERS`
+    schedule: str = "log_snr",            # a key of `SIGMA_SCHEDULES`
+    sigma_min: float = SIGMA_MIN,         # lowest noise level visited
+    sigma_max: float = SIGMA_MAX,         # highest noise level visited
+    interval: tuple = GUIDANCE_INTERVAL,  # noise levels (above, up to) with guidance
     noise: torch.Tensor = None,  # (B,C,h,w) unit noise to start from instead of that of (seed, index)
     start: torch.Tensor = 0.0,   # (B,C,h,w) latents that the first noise is added to: below the highest level something of them survives
     wrap_denoiser=None,          # `wrap_denoiser(denoise) -> denoise`, such as one that keeps part of an image
@@ -277,7 +277,7 @@ class DiffusionStage(Stage):
 
     def evaluate(self) -> dict: return evaluate_denoiser(self)
     def score(self, evaluation: dict) -> float: return -evaluation["dev_loss"]
-    def curves(self, records: list) -> Figure: return plot_trends({"prior": records})
+    def curves(self, records: list) -> Figure: return plot_trends({"diffusion": records})
     def power_emas(self) -> dict: return dict(zip(self.recipe.power_emas, self.prior.averages))
     def sample(self, path: Path) -> None: save_samples(self, path)
 
@@ -313,7 +313,7 @@ def train_diffusion(
     eval_every: int = None,    # optimizer steps between two measurements of samples; None: none
     eval_samples: int = 2048,  # for each
 ) -> dict:
-    "Encode the data unless that is done, then train a prior on the latents, or resume; returns its final numbers. UserError as in stage 1."
+    "Encode the data unless that is done and train a diffusion model on the latents, or resume; returns its final numbers."
     recipe, precision = lookup(PRESETS, preset, "preset"), Precision.pick()
     length, end = Budget(recipe.steps if steps is None and minutes is None else steps, minutes), session_end(time_limit)
     autoencoder = load_autoencoder(autoencoder_folder, precision.device)
@@ -349,7 +349,7 @@ def plan_diffusion(
     weights, forward = count_parameters(net) / 1e6, count_macs(net, (1, channels, size, size), (1,)) / 1e9
     cost = step_cost(stage, lambda: stage.prior.step(z, ones, None))
     return "\n  ".join([
-        f"{preset}: prior, latents of {channels} channels at {size}x{size}",
+        f"{preset}: diffusion model, latents of {channels} channels at {size}x{size}",
         f"weights   {weights:.1f} M",
         f"compute   {forward:.2f} GMAC per evaluation; {cost['macs'] / recipe.batch_size / 1e9:.1f} per image of a training step",
         *describe_cost(cost, recipe.batch_size, recipe.steps, on_gpu)])

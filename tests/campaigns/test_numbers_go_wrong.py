@@ -79,7 +79,7 @@ def test_one_nan_batch_is_skipped_and_named(stage, tmp_path):
 
 def test_broken_images_that_come_again_and_again_end_in_a_sentence(stage, tmp_path, capsys):
     run = Run.open(tmp_path / "run", {})
-    with pytest.raises(UserError, match=rf"broke down {MAX_ROLLBACKS + 1} times.*lower lr, and look for broken images.*are as they were"):
+    with pytest.raises(UserError, match=rf"diverged {MAX_ROLLBACKS + 1} times.*lower lr, and look for broken images.*are as they were"):
         fit(broken(stage, lambda step, rows: step >= 3), run, Budget(steps=200), log_every=1, samples=1, save_every_minutes=0.0)
     state = load_checkpoint(run)
     assert state["step"] > 0 and run.finished is None
@@ -93,7 +93,7 @@ def test_a_rollback_takes_the_photos_in_another_order(stage, tmp_path, capsys):
         seen.append((step, stage.rollbacks, rows.tolist()))
         return not stage.rollbacks
     run = train(broken(stage, when), tmp_path / "run", steps=SKIPPED + 2)
-    assert f"Training broke down at step {SKIPPED}: going back to step 0, with half the learning rate." in capsys.readouterr().out
+    assert f"Training diverged at step {SKIPPED}: going back to step 0, with half the learning rate." in capsys.readouterr().out
     first, again = ([rows for step, rollbacks, rows in seen if step == 1 and rollbacks == n][0] for n in (0, 1))
     assert first != again
     assert run.finished["step"] == SKIPPED + 2 and load_checkpoint(run)["stage"]["rollbacks"] == 1

@@ -13,7 +13,7 @@ from image_diffusion.landscapes import CLASSES
 from image_diffusion.runs import Run
 from PIL import Image
 
-HEADINGS = ["Landscapes that did not exist before", "Metrics", "Reconstructions", "Codebook use", "Samples during training",
+HEADINGS = ["Samples", "Metrics", "Reconstructions", "Codebook use", "Samples during training",
             "Training of autoencoder-kl", "Diagnostics of autoencoder-kl", "Training of autoencoder-vq", "Diagnostics of autoencoder-vq",
             "Training of prior", "Settings"]
 

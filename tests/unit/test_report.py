@@ -92,9 +92,9 @@ def test_a_figure_that_a_run_cannot_give_is_refused(whole_run, runs, tmp_path):
     kl, prior = whole_run / "autoencoder-kl", whole_run / "prior"
     refused(type_in("figure", "codebook", "--run", kl, "--out", tmp_path / "x.png"), "codebook", str(kl), "VQ")
     for name in AUTOENCODER_FIGURES:
-        refused(type_in("figure", name, *runs, "--run", prior, "--out", tmp_path / "x.png"), "autoencoder", "prior")
+        refused(type_in("figure", name, *runs, "--run", prior, "--out", tmp_path / "x.png"), "autoencoder", "diffusion model")
     for name in [*DIFFUSION_FIGURES, "trends_stage2", "samplers"]:
-        refused(type_in("figure", name, *runs, "--run", prior, "--out", tmp_path / "x.png"), "prior", "train-diffusion")
+        refused(type_in("figure", name, *runs, "--run", prior, "--out", tmp_path / "x.png"), "diffusion model", "train-diffusion")
     refused(type_in("figure", "samplers", "--run", prior, "--out", tmp_path / "x.png"), "--data")
     refused(type_in("figure", "trends", "--run", tmp_path / "nowhere", "--out", tmp_path / "x.png"), "nowhere")
     for command in (["diagnose"], ["figure", "stage1"]):
@@ -117,8 +117,8 @@ def test_a_run_without_metrics_and_photos_of_another_size_are_refused(whole_run,
 def test_every_run_is_diagnosed(whole_run, runs, tmp_path):
     answer = type_in("diagnose", *runs, "--run", whole_run / "prior", "--out", tmp_path / "diagnostics.png")
     assert answer.exit_code == 0 and pixels(tmp_path / "diagnostics.png").std() > 10
-    found = re.findall(r"^(KL|VQ|prior) \(.*\):\n((?:- .+\.\n)+)", answer.output, re.MULTILINE)
-    assert [name for name, _ in found] == ["KL", "VQ", "prior"]
+    found = re.findall(r"^(KL|VQ|diffusion) \(.*\):\n((?:- .+\.\n)+)", answer.output, re.MULTILINE)
+    assert [name for name, _ in found] == ["KL", "VQ", "diffusion"]
 
 
 def test_training_ends_with_a_diagnosis(prepared, tmp_path):

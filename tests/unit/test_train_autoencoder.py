@@ -142,7 +142,7 @@ def test_after_too_many_broken_steps_training_goes_back_to_the_checkpoint(prepar
     fit(stage, run, Budget(steps=4), save_every_minutes=0.0)
     (run.folder / "finished.json").unlink()
     fit(stage, run, Budget(steps=20), save_every_minutes=1000.0)
-    assert "broke down at step 12: going back to step 4" in capsys.readouterr().out
+    assert "diverged at step 12: going back to step 4" in capsys.readouterr().out
     assert stage.rollbacks == 1 and load_checkpoint(run)["step"] == 20 and load_checkpoint(run)["stage"]["rollbacks"] == 1
     assert [r["step"] for r in read_metrics(run) if "grad_norm" in r][-1] == 20
 
