@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .files import UserError
+from .files import UserError, check_writable
 from .plots import Figure, plot_runs, save_figure
 from .runs import name_runs, records_of
 
@@ -146,8 +146,10 @@ def diagnose_runs(
     "Diagnose runs: the problems of each in sentences, and a figure with one row per run."
     runs = name_runs(folders)
     records = records_of(runs)
+    out = out or next(iter(runs.values())).folder / "diagnostics.png"
     try:
-        out = save_figure(plot_diagnostics(records), out or next(iter(runs.values())).folder / "diagnostics.png")
+        check_writable(out)
+        out = save_figure(plot_diagnostics(records), out)
     except UserError as error:                             # a folder that cannot be written: the sentences still count
         out = f"none; {error}"
     return {f"{name} ({runs[name].folder})": diagnose(records[name]) or [NO_PROBLEMS] for name in runs}, out

@@ -23,7 +23,7 @@ from .data import ImageDataset, from_bytes, load_batch, to_bytes
 from .features import Features, available_features, fid_missing_reason, in_batches
 from .fid import (MIN_IMAGES, FeatureStats, bias_curve, check_num_images, collect_samples, collect_stats,
                                  distance_record, extrapolate_to_infinity, frechet_distance, key_digest, kid, photo_stats, prdc)
-from .files import UserError, is_writable, lossy_output, read_json, write_json
+from .files import UserError, check_writable, is_writable, lossy_output, read_json, write_json
 from .generate import LatentDiffusion, generate, labels_of
 from .perceptual import VGG16, available_perceptual, psnr, ssim
 from .plots import Figure, save_figure, show_images
@@ -315,6 +315,7 @@ def keep_evaluation(
 ) -> "Path | None":
     "Write what was measured; returns None, and says so, where it cannot be written."
     try:
+        check_writable(path)
         if figure is not None:
             save_figure(figure, path.with_suffix(".png"))
         write_json(path, content)
