@@ -94,7 +94,8 @@ class PathType(click.Path):
 
 PATH, COUNT, POSITIVE = PathType(path_type=Path), click.IntRange(min=1), click.FloatRange(min=0, min_open=True)
 RUN = click.option("--run", "--run-dir", "folder", type=PATH, required=True, help="Run folder.")
-RUNS = click.option("--run", "--run-dir", "folders", required=True, multiple=True, type=PATH, help="Run folder; can be given several times.")
+RUNS = click.option("--run", "--run-dir", "folders", required=True, multiple=True, type=PATH,
+                    help="Run folder; can be given several times.")
 SEED = click.option("--seed", default=0, type=click.IntRange(min=0), help="Seed of everything random.")
 DATA = click.option("--data", required=True, type=PATH, help="Folder made by `prepare`.")
 TIME_LIMIT = click.option("--time-limit", type=Hours(), help="Time of this session, such as 3h30m: training saves and stops "

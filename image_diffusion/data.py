@@ -152,7 +152,7 @@ def read_manifest(text: str | bytes) -> dict:
         raise ValueError("its manifest.json has values out of range")
     return manifest
 
-# %% ../nbs/13_data.ipynb #a1f09290
+
 def load_prepared(folder) -> ImageDataset:
     "Open a set that `prepare` made. UserError if it is not whole."
     folder = expand(folder)

@@ -63,7 +63,7 @@ def hinge_g_loss(logits_fake):
     "Autoencoder: raise the logits of reconstructions."
     return -logits_fake.mean()
 
-# %% ../nbs/25_discriminator.ipynb #6305a293
+
 def bce_d_loss(logits_real, logits_fake):
     "Discriminator: cross-entropy (Goodfellow et al. 2014, eq. 1)."
     return (F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean()) / 2
@@ -73,7 +73,7 @@ def bce_g_loss(logits_fake):
     "Autoencoder: non-saturating cross-entropy."
     return F.softplus(-logits_fake).mean()
 
-# %% ../nbs/25_discriminator.ipynb #bf4e0097
+
 def ls_d_loss(logits_real, logits_fake):
     "Discriminator: least squares (Mao et al. 2017, eq. 9)."
     return ((logits_real - 1).square().mean() + logits_fake.square().mean()) / 2
@@ -83,7 +83,7 @@ def ls_g_loss(logits_fake):
     "Autoencoder: least squares."
     return (logits_fake - 1).square().mean() / 2
 
-# %% ../nbs/25_discriminator.ipynb #bf034e23
+
 GAN_LOSSES = {  # name -> the discriminator's loss, the autoencoder's loss
     "hinge": (hinge_d_loss, hinge_g_loss), "bce": (bce_d_loss, bce_g_loss), "ls": (ls_d_loss, ls_g_loss)}
 

@@ -313,7 +313,7 @@ def strength_sigma(model: LatentDiffusion, strength: float) -> float:
 def img2img(
     model: LatentDiffusion,
     x: torch.Tensor,         # (B,3,H,W) photos in [-1,1]
-    labels: torch.Tensor,    # (B,) their classes afterwards, from `class_labels`
+    labels: torch.Tensor,    # (B,) their classes afterward, from `class_labels`
     sigma: float = 1.0,      # noise level to start from, in standard deviations of the latents
     strength: float = None,  # the same as a share, in place of `sigma`: see `strength_sigma`
     batch_size: int = 64,    # images sampled at a time

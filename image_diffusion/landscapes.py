@@ -153,7 +153,7 @@ def paint_clouds(scene, fade):
     cover = smoothstep(texture, amount, amount + 0.7) * (0.9 - 0.6 * fade[:, :, None])
     blend(scene.image, mix(scene.light, np.ones(3, np.float32), np.full(len(fade), 0.6)), cover)
 
-# %% ../nbs/10_landscapes.ipynb #236a88eb
+
 def finish(
     wide,         # canvas, (N,3,H,2H) in 0..1
 ) -> np.ndarray:  # uint8 (N,H,H,3)

@@ -191,7 +191,7 @@ class WeightsFile:
             raise WeightsError(f"{self.what}: {path} does not hold a state dict of tensors ({type(e).__name__}).") from e
         return state
 
-# %% ../nbs/24_perceptual.ipynb #0594bfd6
+
 VGG16 = WeightsFile("VGG16", "https://download.pytorch.org/models/vgg16-397923af.pth", "397923af", "IMAGE_DIFFUSION_VGG16", 528)
 
 # %% ../nbs/24_perceptual.ipynb #2949c2c8

@@ -381,7 +381,7 @@ def encode_labels(names: list, found: list) -> tuple:
     index = {name: k for k, name in enumerate(names)}
     return names, np.array([index.get(name, -1) for name in found], np.int16)
 
-# %% ../nbs/12_photos.ipynb #e3a1f8e8
+
 def label_photos(
     photos: list,  # of Photo
     labels: str,   # `folders`, `none`, or a CSV file

@@ -39,7 +39,7 @@ def image_bytes(
         return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     raise ValueError(f"expected images as float (B,3,H,W) or uint8 (N,H,W,3), got {x.dtype} {tuple(x.shape)}")
 
-# %% ../nbs/01_plots.ipynb #3978768a
+
 def image_grid(
     x,               # images, (B,3,H,W) in [-1,1] or uint8 (N,H,W,3)
     nrow: int = 8,   # images in one row
