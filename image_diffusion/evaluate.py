@@ -27,7 +27,7 @@ from .files import UserError, check_writable, is_writable, lossy_output, read_js
 from .generate import LatentDiffusion, generate, labels_of
 from .perceptual import VGG16, available_perceptual, psnr, ssim
 from .plots import Figure, save_figure, show_images
-from .runs import Run, kind_of_run
+from .runs import Run, kind_of_run, name_runs
 from .train_autoencoder import load_autoencoder
 from .training import Precision
 
@@ -338,9 +338,7 @@ def evaluate_run(
     **sampling,                  # seed, guidance, steps, sampler of `evaluate_diffusion`
 ) -> tuple:                      # (path of the JSON file, or None if it could not be written; its content)
     "Evaluate a run into `evaluation/….json` and `.png` in its folder; the same call again returns what is there."
-    precision, kind = Precision.pick(), kind_of_run(Run.load(folder).config)
-    if kind is None:
-        raise UserError(f"{folder} is not the run of one training: give another --run.")
+    precision, (kind,) = Precision.pick(), name_runs([folder])
     if kind == "diffusion" and protocol == "192-images":
         raise UserError(f"{folder} is the run of a diffusion model, and the protocol 192-images needs that of an autoencoder: "
                         "give another --run.")

@@ -205,7 +205,8 @@ def metric_row(record: dict) -> dict:
     "A table row of a record of `evaluate`: the numbers, and everything else as provenance."
     shown = ("name", "of", "value", "error", "baseline")
     value, error, baseline = ("" if record.get(key) is None else f"{record[key]:.4g}" for key in shown[2:])
-    rest = [f"{key}: {fact}" for key, fact in record.items() if key not in shown and fact is not None and not isinstance(fact, list)]
+    rest = [f"{key}: {fact:.4g}" if isinstance(fact, float) else f"{key}: {fact}"
+            for key, fact in record.items() if key not in shown and fact is not None and not isinstance(fact, list)]
     return {"metric": record["name"], "of": record["of"], "value": value or "not computed", "standard error": error,
             "real-vs-real baseline": baseline, "provenance": ", ".join(rest)}
 

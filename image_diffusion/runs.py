@@ -341,9 +341,11 @@ def save_snapshot(
 def latest_snapshot(folder: Path) -> Path:
     "The file of a run's newest snapshot. UserError if the run has none yet."
     try:
-        files = sorted((expand(folder) / "snapshots").glob("step_*.safetensors"))
+        files, inside = (sorted(expand(folder).glob(names)) for names in ("snapshots/step_*.safetensors", "*/snapshots"))
     except (OSError, ValueError):                          # a path that no system can have, as a damaged config may hold
-        files = []
+        files = inside = []
+    if not files and inside:
+        raise UserError(f"{folder} holds several runs: give one of them, {' or '.join(str(path.parent) for path in inside)}.")
     if not files:
         raise UserError(f"There is no snapshot in {str(folder)[:300]}/snapshots: the run is unfinished or the path is wrong; "
                         "run its training command (again) first.")

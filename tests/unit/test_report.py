@@ -99,6 +99,8 @@ def test_a_figure_that_a_run_cannot_give_is_refused(whole_run, runs, tmp_path):
     refused(type_in("figure", "trends", "--run", tmp_path / "nowhere", "--out", tmp_path / "x.png"), "nowhere")
     for command in (["diagnose"], ["figure", "stage1"]):
         refused(type_in(*command, "--run", whole_run, "--out", tmp_path / "x.png"), "autoencoder-kl")
+    refused(type_in("generate", "--run", whole_run, "--out", tmp_path / "x.png"), str(whole_run / "prior"))
+    refused(type_in("evaluate", "--run", whole_run, "--data", whole_run / "data"), "autoencoder-kl")
     assert not list(tmp_path.iterdir())
 
 
