@@ -127,4 +127,4 @@ def test_what_cannot_be_written_can_be_used(moved, prepared):
     assert "PSNR" in answers["evaluate1"] and "not kept" in answers["evaluate1"]
     assert "class accuracy" in answers["evaluate2"] and "not kept" in answers["evaluate2"]
     assert "Saved 1 image: samples-seed0.png" in answers["generate3"] and "Cannot write" in answers["generate4"]
-    assert "prior (input/prior)" in answers["diagnose5"] and "Figure: none" in answers["diagnose5"]
+    assert "(input/prior):" in answers["diagnose5"] and "Figure: none" in answers["diagnose5"]
