@@ -297,16 +297,16 @@ def validate_settings(source, size: int, limit: int, seed: int, labels) -> dict:
             "limit": limit and int(limit), "split_seed": int(seed)}
 
 # %% ../nbs/13_data.ipynb #3609fa27
-def check_settings(found: dict, settings: dict, place: Path):
-    "See that a set is the one asked for. UserError names each difference."
+def check_settings(found: dict, settings: dict, path: Path):
+    "Check that a set is the one asked for. UserError names each difference."
     same = "source_id" in settings and found.get("source_id") == settings["source_id"]         # under another name, perhaps
     others = [f"{key} {repr(found.get(key))[:80]}, not {value!r}" for key, value in settings.items()
               if key != "source_id" and not (key == "source" and same) and found.get(key) != value]
     if not others and found.get("source_id") != settings.get("source_id", found.get("source_id")):
-        others = ["the files of the source were others"]
+        others = ["the source had other files"]
     if others:
-        raise UserError(f"'{place}' already holds photos prepared with other settings ({'; '.join(others)}); "
-                        "choose another place or delete it.")
+        raise UserError(f"'{path}' already holds photos prepared with other settings ({'; '.join(others)}); "
+                        "choose another path or delete it.")
 
 
 def already_prepared(out: Path, settings: dict) -> ImageDataset | None:
@@ -349,7 +349,7 @@ def pack(
         os.replace(part, file)
     except OSError as error:
         raise UserError(f"could not pack the photos into '{file}' ({summarize_error(error)}): free some space, "
-                        "or choose another place.") from error
+                        "or choose another path.") from error
     finally:
         part.unlink(missing_ok=True)
     return file
@@ -429,7 +429,7 @@ def make_set(plan: Plan, out: Path, progress: bool, workers: int):
         reason = "out of memory" if isinstance(error, MemoryError) else summarize_error(error)
         kept = f"; what is done is kept in '{part}', and the same call resumes" if part.exists() else ""
         raise UserError(f"could not read or write '{getattr(error, 'filename', None) or out}' ({reason}){kept}: "
-                        "see that the place is there, make room, or choose another folder.") from error
+                        "check that the folder exists, make room, or choose another folder.") from error
 
 
 def report_skipped(data: ImageDataset):
@@ -470,9 +470,9 @@ def prepare(
     settings = validate_settings(source, size, limit, seed, labels)
     if packed and (packed.is_dir() or packed == out):
         raise UserError(f"'{packed}' is a folder; the packed set needs the name of a file, such as '{packed / 'photos.tar'}'.")
-    for place, file in ((out, out / "manifest.json"), (packed, packed)):
-        if place and not file.exists():
-            check_writable(place)
+    for path, file in ((out, out / "manifest.json"), (packed, packed)):
+        if path and not file.exists():
+            check_writable(path)
     if not is_local(source):   # it need not be there: the set may be here, or packed
         data = find_prepared(out, packed, settings, progress)
     if data is None:

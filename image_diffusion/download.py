@@ -387,7 +387,7 @@ def as_user_error(source: str, others: str):
     except ImportError as error:
         raise UserError(f"{source} needs the library {error.name}; run `pip install {error.name}` and try again.") from error
     except Exception as error:                                                         # of many kinds
-        raise UserError(f"{source} did not give LHQ ({str(error) or type(error).__name__}); see that there is room, and try again "
+        raise UserError(f"{source} did not give LHQ ({str(error) or type(error).__name__}); check that there is room, and try again "
                         f"later, or take {others}.") from error
 
 

@@ -340,8 +340,8 @@ def local_copy(
 ):
     "The run on the machine's own disk, for this process alone. UserError if another process has it, or if Drive is behind at the end."
     folder = scratch_folder(run.folder)
-    place = folder or run.folder
-    with lock(place, f"Another process trains in {place}: wait for it or stop it, or give another --run folder."):
+    local = folder or run.folder
+    with lock(local, f"Another process trains in {local}: wait for it or stop it, or give another --run folder."):
         if folder is None:
             yield run
             return

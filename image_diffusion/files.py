@@ -164,12 +164,12 @@ def relative_path(
 
 # %% ../nbs/00_files.ipynb #d847022c
 def check_disk(
-    place: Path,   # file or folder that will be written
-    needed: int,   # bytes
-    what: str,     # what needs them, in the plural
+    path: Path,   # file or folder that will be written
+    needed: int,  # bytes
+    what: str,    # what needs them, in the plural
 ) -> None:
-    "See, before the work begins, that there are `needed` bytes. UserError if there are not."
-    folder = next(p for p in (place, *place.parents) if p.exists())
+    "Check, before the work begins, that `needed` bytes are free. UserError if they are not."
+    folder = next(p for p in (path, *path.parents) if p.exists())
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(f"{what} need {needed / 1e6:,.1f} MB in '{folder}', but {free / 1e6:,.1f} MB are free; "
@@ -179,10 +179,10 @@ def check_disk(
 def check_writable(
     path: Path,  # file or folder that will be written
 ) -> None:
-    "See, before the work begins, that a place can be written; nothing is left there. UserError if it cannot."
+    "Check, before the work begins, that a path can be written; nothing is left there. UserError if it cannot."
     path = Path(path).absolute()
-    place = next(p for p in (path, *path.parents) if p.exists())
-    folder = place if place.is_dir() or place != path else place.parent
+    existing = next(p for p in (path, *path.parents) if p.exists())
+    folder = existing if existing.is_dir() or existing != path else existing.parent
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass

@@ -193,7 +193,7 @@ class FolderSource:
             photos = [self.photo(path) for path in self.walk()]
         except OSError as error:
             raise UserError(f"'{error.filename}' cannot be read ({error.strerror}); "
-                            "see that the place is there and open to you.") from error
+                            "check that the folder exists and can be read.") from error
         self.photos = sorted((p for p in photos if p.reason == OWN_OUTPUT or is_photo_name(p.name)), key=lambda p: (p.name, p.handle))
 
     def walk(self):
