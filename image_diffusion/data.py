@@ -157,7 +157,7 @@ def load_prepared(folder) -> ImageDataset:
     "Open a set that `prepare` made. UserError if it is not whole."
     folder = expand(folder)
     if not (folder / "manifest.json").is_file():
-        raise UserError(f"'{folder}' holds no prepared photos (no manifest.json); make them with prepare(source, out, size).")
+        raise UserError(f"'{folder}' holds no prepared photos (no manifest.json): run `prepare` first, or check the path.")
     try:
         manifest = read_manifest((folder / "manifest.json").read_bytes())
         count, size = manifest["num_images"], manifest["size"]

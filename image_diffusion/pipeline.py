@@ -156,7 +156,7 @@ def source_identity(
     downloads: str,
     there: dict,          # settings of the run that is there; {} if there is none
 ) -> str:
-    "What tells two sources apart: the list of their photos, whatever they are called; for a link that need not be fetched again its name."
+    "An identifier of a source, from the list of its photos; of a link that need not be fetched again, the recorded one."
     from image_diffusion.data import is_local, make_plan
     if data_settings["source"] == "synthetic":
         return source
@@ -193,7 +193,7 @@ def run(
     data_settings, report = validate_settings(source, size, limit, 0, labels), folder / "report.html"
     check_writable(folder)
     there = {} if fresh else settings_of(folder) or {}
-    source_id = source_identity(source, data_settings, labels, downloads, there)     # a wrong source is told before anything is deleted
+    source_id = source_identity(source, data_settings, labels, downloads, there)     # reports a wrong source before anything is deleted
     if there.get("source_id", source_id) != source_id:
         raise UserError(f"{folder} was made from other photos, '{there.get('source')}': give another --run folder for '{source}', "
                         "or --fresh to start over.")

@@ -428,7 +428,7 @@ def find_autoencoder(
     run: Run,     # of a diffusion model
     sha256: str,  # of its autoencoder's snapshot
 ) -> Path:
-    "A diffusion model's autoencoder: where it was at training, seen from the run, or else near the run. UserError if there is none."
+    "A diffusion model's autoencoder: where it was at training, relative to the run, or else near the run. UserError if there is none."
     hint = run.folder / str(run.config.get("autoencoder")).replace("\\", "/")                # as Windows writes paths
     above = run.folder.absolute().parent
     places = (above, "*/config.json"), (above, "*/*/config.json"), (above.parent, "*/config.json")
