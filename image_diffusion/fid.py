@@ -177,7 +177,7 @@ def frechet_distance(
         root = covariance_factor(few)                                      # (D,R)
         overlap = torch.linalg.eigvalsh(root.T @ many.cov @ root).clamp(min=0).sqrt().sum()
     except torch.linalg.LinAlgError as error:
-        raise UserError("The eigenvalues of the covariances cannot be computed: the features hold absurd numbers.") from error
+        raise UserError("The eigenvalues of the covariances cannot be computed: the features hold numbers that are too large.") from error
     return max((means_and_traces - 2 * overlap).item(), 0.)
 
 # %% ../nbs/31_fid.ipynb #d0ecc668
