@@ -87,7 +87,7 @@ def reconstruct_ema(
     if not files:
         raise UserError(f"{folder} kept no averages to choose from: train with power_emas, or leave the width out.")
     if not 0.01 <= sigma_rel <= 0.25:
-        raise UserError(f"The width of an average lies between 0.01 and 0.25, not at {sigma_rel}.")
+        raise UserError(f"The width of an EMA must be between 0.01 and 0.25, not {sigma_rel}.")
     named = [re.fullmatch(r"step_(\d{1,12})-(0\.\d+)", path.stem) for path in files]
     if not all(named):
         raise UserError(f"{files[named.index(None)]} is not named like an EMA snapshot: move it elsewhere.")

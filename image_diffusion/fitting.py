@@ -56,7 +56,7 @@ def minutes_left(end: float):
     "Minutes until the session ends, or None for None. Interrupted if too few are left to begin something."
     left = None if end is None else (end - time.monotonic()) / 60
     if left is not None and left <= SPARE_MINUTES:
-        raise Interrupted(f"This session has {max(0, left):.1f} minutes left, and {SPARE_MINUTES:.0f} are kept to spare: "
+        raise Interrupted(f"This session has {max(0, left):.1f} minutes left, and the last {SPARE_MINUTES:.0f} are reserved for saving: "
                           "run the same command again in another session to resume.")
     return left
 
