@@ -12,7 +12,7 @@ from textwrap import indent
 
 import nbformat
 import pytest
-from colab_cells import FORM, ROOT, WALKTHROUGHS, setup
+from colab_cells import FORM, ROOT, SETUP, WALKTHROUGHS, setup
 from colab_machine import Machine, choose, walkthrough, skip_reason
 from conftest import NARROW
 from nbclient.exceptions import DeadKernelError
@@ -36,9 +36,10 @@ def new_drive(folder):
 
 
 def cells_of(name, whole, twice=False, change=lambda source: source):
-    "The code cells of a walkthrough, or of its step alone, with the hours filled in."
+    "The code cells of a walkthrough without its exercises, or of its step alone, with the hours filled in."
     cells = nbformat.read(ROOT / f"nbs/{name}.ipynb", as_version=4).cells
     cells = [cell for cell in (cells if whole else walkthrough(cells)) if cell.cell_type == "code"]
+    cells = [cell for cell in cells if "#| eval: false" not in cell.source or cell.source.startswith(SETUP)]
     for cell in cells:
         cell.source = change(choose(cell.source, hours=HOURS))
         if name == "65_train_diffusion" and cell.source.startswith(FORM):
