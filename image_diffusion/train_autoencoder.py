@@ -334,8 +334,7 @@ class AutoencoderStage(Stage):
     "Stage 1: two networks that train each other."
     parts = ("autoencoder", "disc")
 
-    def __init__(self, data: ImageDataset, recipe: AutoencoderRecipe, precision: Precision = Precision(), perceptual: Callable = None,
-                 perceptual_name: str = None):
+    def __init__(self, data: ImageDataset, recipe: AutoencoderRecipe, precision=Precision(), perceptual=None, perceptual_name=None):
         torch.manual_seed(recipe.seed)
         self.data, self.recipe, self.precision, self.perceptual_name = data, recipe, precision, perceptual_name
         self.autoencoder, self.disc = AutoencoderTrainer(recipe, precision), DiscriminatorTrainer(recipe.disc, precision)
